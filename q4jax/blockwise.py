@@ -1,0 +1,162 @@
+"""Blockwise quantization in plain jax.numpy: the meaning every faster form is held to.
+
+Functions take and return arrays and a `QuantSpec`; `QuantState` and `Params4bit` are built on
+them. The arithmetic is that of bitsandbytes' CPU backend, bit for bit, except that XLA flushes
+subnormals to zero.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from q4jax import codebooks
+from q4jax.spec import QuantSpec
+
+# Above this, 1 / absmax is subnormal, which XLA flushes to zero.
+_LARGEST_RECIPROCAL = 2.0**126
+
+
+class Arrays(NamedTuple):
+    """The arrays of a quantized weight; the last two are None where statistics are plain."""
+
+    packed: Array
+    absmax: Array
+    nested_absmax: Array | None
+    offset: Array | None
+
+
+def block_absmax(blocks: Array) -> Array:
+    """Largest magnitude along the last axis, float32; NaN where there is a NaN.
+
+    XLA's float max drops NaN on CPU. Without their sign bit, floats order as integers do, NaN last.
+    """
+    bits = lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    return lax.bitcast_convert_type(bits.max(-1), jnp.float32)
+
+
+def divide(x: Array, by: Array) -> Array:
+    """IEEE division, also by a broadcast denominator.
+
+    XLA turns a division by a broadcast into a product with the reciprocal, unless it cannot see
+    that it is one.
+    """
+    return x / lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
+
+
+def _scale_blocks(flat: Array, blocksize: int) -> tuple[Array, Array]:
+    """Blocks scaled to [-1, 1] and their absmax; the tail of the last block is filled with 0.
+
+    Full blocks are multiplied by the reciprocal and a partial one is divided, which differ in the
+    last bit now and then: that is how the files that exist were made.
+    """
+    count = -(-flat.size // blocksize)
+    blocks = jnp.pad(flat, (0, count * blocksize - flat.size)).reshape(count, blocksize)
+    absmax = block_absmax(blocks)
+    column = absmax[:, None]
+    # A subnormal absmax is zero to XLA's arithmetic: such a block is a zero block.
+    scaled = blocks * jnp.where(column == 0, 0, 1.0 / column)
+    by_division = column > _LARGEST_RECIPROCAL
+    if flat.size % blocksize:
+        by_division |= (jnp.arange(count) == count - 1)[:, None] & (column > 0)
+    return jnp.where(by_division, divide(blocks, column), scaled), absmax
+
+
+def _interval(scaled: Array, thresholds: np.ndarray) -> Array:
+    """How many thresholds are below each value, int32; all of them for NaN."""
+    return jnp.searchsorted(jnp.asarray(thresholds), scaled, side="left")
+
+
+def _quantize_absmax(absmax: Array) -> tuple[Array, Array, Array]:
+    """Double quantization: (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
+    offset = absmax.mean(dtype=jnp.float32)
+    scaled, nested_absmax = _scale_blocks((absmax - offset).ravel(), codebooks.NESTED_BLOCKSIZE)
+    codes = _interval(scaled, codebooks.DYNAMIC_THRESHOLDS).astype(jnp.uint8)
+    return codes.ravel()[: absmax.size].reshape(absmax.shape), nested_absmax, offset
+
+
+def pack(codes: Array) -> Array:
+    """Two 4-bit codes a byte, the element of even index in the high nibble; n must be even."""
+    return (codes[..., 0::2] << 4) | codes[..., 1::2]
+
+
+def unpack(packed: Array) -> Array:
+    """The inverse of `pack`."""
+    pairs = jnp.stack([packed >> 4, packed & 15], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def quantize_flat(w: Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """Codes and plain scales of a whole weight, both flat: (uint8 [(n+1)//2], float32 [blocks])."""
+    flat = w.astype(jnp.float32).ravel()
+    scaled, absmax = _scale_blocks(flat, spec.blocksize)
+    interval = _interval(scaled, codebooks.THRESHOLDS[spec.quant_type])
+    codes = jnp.asarray(codebooks.SORTED_CODES[spec.quant_type])[interval]
+    even = flat.size + flat.size % 2
+    codes = codes.ravel()[:even]
+    if flat.size % 2:
+        zero = codebooks.SORTED_CODES[spec.quant_type][7]
+        codes = codes.at[-1].set(zero)
+    return pack(codes), absmax
+
+
+def finish(w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSpec) -> Arrays:
+    """The arrays in the spec's layout, the scales double-quantized where the spec says so.
+
+    Leading axes of `w_shape` stay as axes, and the nested statistics are shared by all of them.
+    """
+    lead = w_shape[: len(w_shape) - len(spec.shape)]
+    packed = packed.reshape(*lead, *spec.packed_shape)
+    absmax = absmax.reshape(*lead, *spec.absmax_shape)
+    if not spec.nested:
+        return Arrays(packed, absmax, None, None)
+    return Arrays(packed, *_quantize_absmax(absmax))
+
+
+def quantize(w: Array, spec: QuantSpec) -> Arrays:
+    """Quantize a weight whose full shape ends in `spec.shape`."""
+    return finish(w.shape, *quantize_flat(w, spec), spec)
+
+
+def decode_absmax(absmax: Array, nested_absmax: Array | None, offset: Array | None) -> Array:
+    """The float32 scales, in `absmax`'s shape; axes that `offset` has are leading axes of all."""
+    if nested_absmax is None or offset is None:
+        return absmax
+    if offset.ndim:
+        return jax.vmap(decode_absmax)(absmax, nested_absmax, offset)
+    # Block numbers from an iota rather than a reshape: a reshape across a sharded axis would
+    # gather the scales.
+    strides = [math.prod(absmax.shape[i + 1 :]) for i in range(absmax.ndim)]
+    iotas = [lax.broadcasted_iota(jnp.int32, absmax.shape, i) for i in range(absmax.ndim)]
+    index = jnp.zeros(absmax.shape, jnp.int32)
+    for stride, iota in zip(strides, iotas, strict=True):
+        index += stride * iota
+    return decode_absmax_at(index, absmax, nested_absmax, offset)
+
+
+def decode_absmax_at(index: Array, codes: Array, nested_absmax: Array, offset: Array) -> Array:
+    """Float32 scales from their 8-bit codes; `index` says which blocks of the weight they are."""
+    scales = nested_absmax[index // codebooks.NESTED_BLOCKSIZE]
+    product = jnp.asarray(codebooks.DYNAMIC_MAP)[codes] * scales
+    # Two roundings: a compiler would contract the product into the sum. No entry of the map
+    # exceeds 1, so the clip changes nothing, which the compiler cannot know.
+    return jnp.clip(product, -scales, scales) + offset
+
+
+def dequantize(arrays: Arrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
+    """Codebook * absmax in float32, rounded once to `dtype`; leading axes are kept."""
+    packed = arrays.packed
+    absmax = decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset)
+    lead = packed.shape[: packed.ndim - len(spec.packed_shape)]
+    values = jnp.asarray(codebooks.CODE[spec.quant_type])[unpack(packed)]
+    if spec.in_rows:
+        blocks = values.reshape(*absmax.shape, spec.blocksize)
+        weight = blocks * absmax[..., None]
+    else:
+        size = math.prod(spec.shape)
+        weight = values[..., :size] * jnp.repeat(absmax, spec.blocksize, axis=-1)[..., :size]
+    return weight.astype(dtype).reshape(*lead, *spec.shape)

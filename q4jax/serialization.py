@@ -1,0 +1,84 @@
+"""`flax.serialization` for 4-bit weights; importing this module registers it.
+
+A `Params4bit` becomes `{"packed": codes, "quant_state": {"absmax__<tag>": ..., ...}}`: the tag in
+the names is compared with the target's, so bytes of one weight cannot fill another.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import serialization
+
+from q4jax.params import Params4bit
+from q4jax.state import QuantState, split_tag
+
+
+def _to_state_dict(node: Params4bit | QuantState) -> dict[str, Any]:
+    """The children under the names they have in the pytree."""
+    children, _ = node.tree_flatten_with_keys()
+    return {key.name: serialization.to_state_dict(child) for key, child in children}
+
+
+def _params_from_state_dict(target: Params4bit, state: Any) -> Params4bit:
+    _require_keys(("packed", "quant_state"), state)
+    # The state first: its error says more than that of a shape.
+    quant_state = _restore(target.quant_state, state["quant_state"], "quant_state")
+    return Params4bit(_restore(target.packed, state["packed"], "packed"), quant_state)
+
+
+def _state_from_state_dict(target: QuantState, state: Any) -> QuantState:
+    children, spec = target.tree_flatten_with_keys()
+    for found in _tags(state):
+        if found != spec.tag():
+            raise ValueError(
+                f"{serialization.current_path()}: the target is {spec.tag()}, "
+                f"the state dict holds {found}"
+            )
+    _require_keys([key.name for key, _ in children], state)
+    leaves = [_restore(child, state[key.name], key.name) for key, child in children]
+    return QuantState.tree_unflatten(spec, leaves)
+
+
+def _restore(target: Any, state: Any, name: str) -> Any:
+    """`state` in the form of `target`, whose dtypes and shapes it must have."""
+    restored = serialization.from_state_dict(target, state, name=name)
+    pairs = zip(jax.tree.leaves(target), jax.tree.leaves(restored), strict=True)
+    for wanted, found in pairs:
+        if _describe(wanted) != _describe(found):
+            raise ValueError(
+                f"{serialization.current_path()}: the target has {name} {_describe(wanted)}, "
+                f"the state dict holds {_describe(found)}"
+            )
+    return restored
+
+
+def _describe(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _tags(state: Any) -> list[str]:
+    """The tags in the names of a state dict; nothing for names that have none."""
+    tags = []
+    for key in state if isinstance(state, Mapping) else ():
+        try:
+            tags.append(split_tag(key)[1].tag())
+        except ValueError:
+            continue  # not one of ours: `_require_keys` names it
+    return tags
+
+
+def _require_keys(expected: Iterable[str], state: Any) -> None:
+    where = serialization.current_path()
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{where}: expected a dict of {list(expected)}, got {_describe(state)}")
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if missing or unknown:
+        raise ValueError(f"{where}: the state dict lacks {missing} and has unknown {unknown}")
+
+
+serialization.register_serialization_state(Params4bit, _to_state_dict, _params_from_state_dict)
+serialization.register_serialization_state(QuantState, _to_state_dict, _state_from_state_dict)

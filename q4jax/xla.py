@@ -1,0 +1,251 @@
+"""The 4-bit operations in plain XLA, one tile of weight rows at a time: what runs on CPU.
+
+Row layout only: `in % blocksize == 0`, packed codes [out, in/2], scales [out, in/blocksize].
+
+A weight is never whole in memory. A tile is decoded by looking up one byte, two elements, at a
+time: the decoded pair lands in its place, so no nibbles are interleaved, and the lookup is one
+64-bit load. The tile then goes through one dot while it is still in cache.
+"""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from q4jax import codebooks
+
+# Above this, 1 / absmax is subnormal, which XLA flushes to zero.
+_LARGEST_RECIPROCAL = 2.0**126
+_SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+_QUANTIZE_ROWS = 128
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, list[list[int]]]]:
+    """op -> dtype -> [[largest M, elements a tile, 1 to compute in float32], ...], M ascending."""
+    return json.loads(importlib.resources.files("q4jax").joinpath("xla_table.json").read_text())
+
+
+@functools.cache
+def has_bfloat16_dot() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; elsewhere float32 dots are faster."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            return "avx512_bf16" in info.read()
+    except OSError:
+        return False
+
+
+def choose(op: str, m: int, k: int, dtype: Any) -> tuple[int, bool]:
+    """(tile rows, whether to convert operands to float32 before the dot), from the table.
+
+    Args:
+      op: "linear" or "transposed".
+      m: rows of the activation.
+      k: columns of the weight.
+      dtype: the activation's.
+    """
+    name = jnp.dtype(dtype).name
+    if name == "bfloat16":
+        name += "_native" if has_bfloat16_dot() else "_emulated"
+    rows_of = _table()[op][name]
+    _, elements, upcast = next((row for row in rows_of if m <= row[0]), rows_of[-1])
+    rows = elements // k
+    return max(rows - rows % 16, 16), bool(upcast)
+
+
+def _fold_rows(n: int, rows: int, tile: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """`carry = tile(start, size, carry)` over all n rows: the odd rest first, then full tiles."""
+    rest = n % rows
+    if rest:
+        carry = tile(0, rest, carry)
+    if n < rows:
+        return carry
+
+    def body(i, carry):
+        # Some XLA versions take any loop without library calls for a small one and run it on a
+        # single thread. A sort of two numbers, in effect a no-op, is such a call.
+        i = lax.sort(jnp.stack([i, i]))[0]
+        return tile(rest + i * rows, rows, carry)
+
+    return lax.fori_loop(0, n // rows, body, carry)
+
+
+def _decode(packed: Array, absmax: Array, start, size: int, quant_type: str, dtype) -> Array:
+    """Rows of the weight, [size, K], rounded once to dtype."""
+    code = codebooks.CODE[quant_type]
+    pairs = jnp.asarray(np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1))  # [256, 2]
+    packed = lax.dynamic_slice_in_dim(packed, start, size)  # [R, K/2]
+    scales = lax.dynamic_slice_in_dim(absmax, start, size)[..., None]  # [R, K/blocksize, 1]
+    values = pairs.at[packed].get(mode="promise_in_bounds")  # [R, K/2, 2]
+    blocks = values.reshape(size, scales.shape[1], -1) * scales
+    return blocks.reshape(size, -1).astype(dtype)
+
+
+def _plan(op: str, x: Array, packed: Array, rows: int | None, upcast: bool | None):
+    """(tile rows, dtype of the dot's operands), from the table where None is given."""
+    table_rows, table_upcast = choose(op, x.shape[0], packed.shape[1] * 2, x.dtype)
+    upcast = table_upcast if upcast is None else upcast
+    return rows or table_rows, jnp.float32 if upcast else x.dtype
+
+
+def linear(
+    x: Array,
+    packed: Array,
+    absmax: Array,
+    *,
+    quant_type: str,
+    blocksize: int,
+    rows: int | None = None,
+    upcast: bool | None = None,
+) -> Array:
+    """x @ W.T, accumulated in float32.
+
+    Args:
+      x: [M, K].
+      packed: uint8 [N, K/2].
+      absmax: float32 [N, K/blocksize].
+      quant_type: "nf4" or "fp4".
+      blocksize: elements that share a scale; divides K.
+      rows: weight rows a tile; None takes the table's.
+      upcast: whether the dot's operands, rounded to x's dtype, are converted to float32, which
+        changes no product; None takes the table's.
+
+    Returns:
+      float32 [M, N].
+    """
+    m, n = x.shape[0], packed.shape[0]
+    rows, dot_dtype = _plan("linear", x, packed, rows, upcast)
+    xd = x.astype(dot_dtype)
+
+    def tile(start, size, y):
+        w = _decode(packed, absmax, start, size, quant_type, x.dtype)
+        part = jnp.einsum("mk,nk->mn", xd, w.astype(dot_dtype), preferred_element_type=jnp.float32)
+        return lax.dynamic_update_slice_in_dim(y, part, start, 1)
+
+    return _fold_rows(n, rows, tile, jnp.zeros((m, n), jnp.float32))
+
+
+def transposed(
+    g: Array,
+    packed: Array,
+    absmax: Array,
+    *,
+    quant_type: str,
+    blocksize: int,
+    rows: int | None = None,
+    upcast: bool | None = None,
+) -> Array:
+    """g @ W, accumulated in float32 over the tiles: the gradient of `linear` with respect to x.
+
+    Args:
+      g: [M, N].
+      packed, absmax, quant_type, blocksize, rows, upcast: as for `linear`.
+
+    Returns:
+      float32 [M, K].
+    """
+    m, n = g.shape
+    rows, dot_dtype = _plan("transposed", g, packed, rows, upcast)
+    gd = g.astype(dot_dtype)
+
+    def tile(start, size, dx):
+        w = _decode(packed, absmax, start, size, quant_type, g.dtype)
+        part = lax.dynamic_slice_in_dim(gd, start, size, 1)  # [M, R]
+        return dx + jnp.matmul(part, w.astype(dot_dtype), preferred_element_type=jnp.float32)
+
+    return _fold_rows(n, rows, tile, jnp.zeros((m, packed.shape[1] * 2), jnp.float32))
+
+
+def _absmax(blocks: Array) -> Array:
+    """[..., blocksize] -> [...], as an integer maximum, which NaN wins (a float one drops it).
+
+    Halving keeps every step a vector operation; a reduction would be scalar.
+    """
+    bits = lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    while bits.shape[-1] > 1:
+        half = bits.shape[-1] // 2
+        bits = jnp.maximum(bits[..., :half], bits[..., half:])
+    return lax.bitcast_convert_type(bits[..., 0], jnp.float32)
+
+
+def _select(values: list, bits: list[Array]):
+    """The entry of `values` that bits, most significant first, number."""
+    for bit in reversed(bits):
+        values = [jnp.where(bit, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _encode(scaled: Array, quant_type: str) -> Array:
+    """[R, K] in [-1, 1] -> packed uint8 [R, K/2]."""
+    thresholds = list(codebooks.THRESHOLDS[quant_type])
+    above: list[Array] = []
+    for half in (8, 4, 2, 1):
+        pivot = _select(thresholds[half - 1 :: 2 * half], above)
+        # Not ">": NaN is to pass every threshold.
+        above.append(~(scaled <= pivot))
+    interval = sum(bit.astype(jnp.int32) << i for i, bit in enumerate(reversed(above)))
+    # As 16-bit pairs: strided slices of bytes would not be vectorized.
+    codes = lax.optimization_barrier(interval.astype(jnp.uint8)).reshape(len(scaled), -1, 2)
+    pairs = lax.bitcast_convert_type(codes, jnp.uint16)  # odd element << 8 | even element
+    packed = (pairs << 4 | pairs >> 8).astype(jnp.uint8)
+    if quant_type == "nf4":
+        return packed  # its codes are in order of value
+    order = codebooks.SORTED_CODES[quant_type]
+    renamed = jnp.asarray((order[:, None] << 4 | order).ravel())  # [256]
+    return renamed.at[packed].get(mode="promise_in_bounds")
+
+
+def _multiply(blocks: Array, absmax: Array) -> Array:
+    # A block without a normal number counts as zero; NaN stays.
+    return blocks * (1.0 / jnp.where(absmax < _SMALLEST_NORMAL, _SMALLEST_NORMAL, absmax))
+
+
+def _divide_large(blocks: Array, absmax: Array) -> Array:
+    # XLA would turn a division by a broadcast into a product with the reciprocal.
+    quotient = blocks / lax.optimization_barrier(jnp.broadcast_to(absmax, blocks.shape))
+    return jnp.where(absmax > _LARGEST_RECIPROCAL, quotient, _multiply(blocks, absmax))
+
+
+def quantize_rows(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array]:
+    """Codes and plain scales of a weight whose rows are whole blocks.
+
+    Args:
+      w: [..., in], any float dtype of 16 or 32 bits; blocksize divides in.
+      quant_type: "nf4" or "fp4".
+      blocksize: elements that share a scale.
+
+    Returns:
+      packed: uint8 [..., in/2].
+      absmax: float32 [..., in/blocksize].
+    """
+    lead, k = w.shape[:-1], w.shape[-1]
+    flat = w.reshape(-1, k)
+    n = flat.shape[0]
+
+    def tile(scale, start, size, out):
+        # As bits, and behind a barrier that makes the weight look different in each step: XLA would
+        # otherwise convert all of a bfloat16 weight to float32 before the loop.
+        same, start = lax.optimization_barrier((flat, start))
+        bits = lax.bitcast_convert_type(same, f"uint{8 * w.dtype.itemsize}")
+        x = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, start, size), w.dtype)
+        blocks = x.astype(jnp.float32).reshape(size, -1, blocksize)
+        absmax = lax.optimization_barrier(_absmax(blocks))  # [R, in/blocksize]
+        scaled = scale(blocks, absmax[..., None]).reshape(size, k)
+        packed = lax.dynamic_update_slice_in_dim(out[0], _encode(scaled, quant_type), start, 0)
+        return packed, lax.dynamic_update_slice_in_dim(out[1], absmax, start, 0)
+
+    def fold(scale, out):
+        return _fold_rows(n, _QUANTIZE_ROWS, functools.partial(tile, scale), out)
+
+    zeros = jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // blocksize), jnp.float32)
+    out = fold(_multiply, zeros)
+    # Once more if there are such blocks. A loop of no steps costs nothing; a cond would copy.
+    large = jnp.any(out[1] > _LARGEST_RECIPROCAL)
+    out = lax.fori_loop(0, large.astype(jnp.int32), lambda _, out: fold(_divide_large, out), out)
+    return out[0].reshape(*lead, k // 2), out[1].reshape(*lead, k // blocksize)
