@@ -1,6 +1,7 @@
 """bitsandbytes' 4-bit layers for JAX and Flax."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from q4jax import linen
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     )
     from q4jax.lora import add_lora, merge_lora
     from q4jax.memory import memory_report
+
+if "flax.nnx" in sys.modules:
+    # So that a module may hold a Params4bit as an attribute before any layer here is used.
+    importlib.import_module("q4jax.frozen")
 
 __version__ = "0.1.0"
 

@@ -6,8 +6,6 @@ header with the dtype, shape and sha256 of every leaf. A target is compared with
 is read, and every array after.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,28 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.tree_util import SequenceKey
 
-from q4jax.fingerprint import (
-    Leaves,
-    Path,
-    combine,
-    describe,
-    digest,
-    find_weights,
-    in_weight,
-    leaves,
-    map_leaves,
-    name_of,
-    tag_of,
-)
+from q4jax import header
+from q4jax.trees import Leaves, Path, find_weights, in_weight, leaves, map_leaves, name_of, nest
 
-FORMAT = 1
 # The two items of a checkpoint.
 ARRAYS, HEADER = "arrays", "q4jax"
-_SCALARS = (bool, int, float, str)
 
-Header = dict[str, Any]
 # Reads the items that are asked for from one checkpoint, wherever it is.
 _Read = Callable[[ocp.args.Composite], Any]
 
@@ -78,7 +61,7 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
     args = save_args(tree)
     staging = _sibling(path, "new") if path.exists() else path
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(staging, args=args, force=True)
+        checkpointer.save(staging, args=args, force=staging != path)
     if jax.process_index() == 0:
         _replace(path, staging)
     if jax.process_count() > 1:
@@ -119,9 +102,7 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
     path = epath.Path(path).expanduser().absolute()
     current = _current(path)
     if not current.exists():
-        left = sorted(p.name for p in path.parent.glob(f"{path.name}.*")) if path.name else []
-        hint = f"; an interrupted save left {', '.join(left)}" if left else ""
-        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
+        raise FileNotFoundError(f"no checkpoint at {path}{_unfinished(path)}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return _restore(
             lambda args: checkpointer.restore(current, args=args), str(current), target, verify
@@ -149,25 +130,11 @@ def save_args(tree: Any) -> ocp.args.Composite:
       ([2, 3], Array([4., 4.], dtype=float32))
     """
     found = leaves(tree)
-    weights = find_weights(found)
-    table = [_entry(path, leaf) for path, leaf in found.items()]
-    digests = {
-        name_of(path): entry["sha256"]
-        for path, entry in zip(found, table, strict=True)
-        if in_weight(path, weights)
-    }
-    header = {
-        "format": FORMAT,
-        "fingerprint": combine(digests) if digests else None,
-        "leaves": table,
-    }
-    arrays = {name_of(path): _stored(leaf) for path, leaf in found.items() if _has_data(leaf)}
+    signed = header.write(found)
+    arrays = {name_of(p): header.data_of(leaf) for p, leaf in found.items() if _is_array(leaf)}
     if not arrays:
         raise ValueError("tree holds no array to save")
-    items = {
-        ARRAYS: ocp.args.PyTreeSave(arrays),
-        HEADER: ocp.args.JsonSave(header | {"sha256": _header_digest(header)}),
-    }
+    items = {ARRAYS: ocp.args.PyTreeSave(arrays), HEADER: ocp.args.JsonSave(signed)}
     return ocp.args.Composite(**items)
 
 
@@ -189,3 +156,94 @@ def restore_step(
         raise FileNotFoundError(f"no step {step} in {manager.directory}")
     where = f"step {step} of {manager.directory}"
     return _restore(lambda args: manager.restore(step, args=args), where, target, verify)
+
+
+def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
+    """Header, comparison, arrays, verification, tree: in this order."""
+    entries = header.read(_read_header(read, where), where)
+    wanted: dict[str, Any] = {}
+    if target is not None:
+        found = leaves(target)
+        header.compare(entries, found)
+        wanted = {name_of(path): leaf for path, leaf in found.items()}
+    arrays = _read_arrays(read, entries, wanted)
+    for path, array in arrays.items():
+        header.check(path, array, entries[path], verify, where)
+    values = {
+        path: _value(entry, arrays.get(path), wanted.get(name_of(path)))
+        for path, entry in entries.items()
+    }
+    if target is not None:
+        named = {name_of(path): value for path, value in values.items()}
+        return map_leaves(lambda path, leaf, _: named[name_of(path)], target)
+    weights = find_weights(values)
+    return nest({p: x for p, x in values.items() if not in_weight(p, weights)} | weights)
+
+
+def _read_header(read: _Read, where: str) -> Any:
+    try:
+        return read(ocp.args.Composite(**{HEADER: ocp.args.JsonRestore()}))[HEADER]
+    except (KeyError, FileNotFoundError):
+        raise ValueError(f"{where} is not a checkpoint of q4jax: no item {HEADER!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is corrupted: its header is no JSON ({error})") from None
+
+
+def _read_arrays(read: _Read, entries: dict[Path, Any], wanted: dict[str, Any]) -> Leaves:
+    stored = {name_of(path): path for path, entry in entries.items() if "data" in entry}
+    places = {name: _place(name, entries[at], wanted.get(name)) for name, at in stored.items()}
+    request = ocp.args.PyTreeRestore(item=dict.fromkeys(places, 0), restore_args=places)
+    arrays = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
+    return {path: arrays[name] for name, path in stored.items()}
+
+
+def _place(name: str, entry: header.Entry, wanted: Any) -> ocp.RestoreArgs:
+    """Where an array goes. No dtype: Orbax would cast to it."""
+    if isinstance(wanted, np.ndarray | np.generic) or (wanted is None and entry["kind"] == "numpy"):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    dtype = entry["data"].partition("[")[0]
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} is {entry['data']}, which JAX holds with jax_enable_x64 only")
+    sharding = getattr(wanted, "sharding", None) if entry["kind"] != "key" else None
+    return ocp.ArrayRestoreArgs(sharding=sharding or jnp.zeros(()).sharding)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype")
+
+
+def _value(entry: header.Entry, array: Any, wanted: Any) -> Any:
+    if entry["kind"] == "key":
+        key = jax.random.wrap_key_data(array, impl=entry["impl"])
+        return jax.device_put(key, getattr(wanted, "sharding", None))
+    return array if "data" in entry else entry["value"]
+
+
+def _current(path: epath.Path) -> epath.Path:
+    """Where the checkpoint of `path` is: beside it, if replacing it was interrupted midway."""
+    new = _sibling(path, "new")
+    return new if new.exists() and not path.exists() else path
+
+
+def _unfinished(path: epath.Path) -> str:
+    """What an interrupted first save left beside `path`, for an error."""
+    siblings = path.parent.iterdir() if path.parent.exists() else ()
+    left = [p.name for p in siblings if p.name.startswith(f"{path.name}.orbax-checkpoint-tmp")]
+    return f"; an interrupted save left {', '.join(sorted(left))}" if left else ""
+
+
+def _sibling(path: epath.Path, name: str) -> epath.Path:
+    return path.with_name(f"{path.name}.q4jax-{name}")
+
+
+def _replace(path: epath.Path, staging: epath.Path) -> None:
+    """Put the complete checkpoint `staging` at `path`: one of both is there at any moment."""
+    old = _sibling(path, "old")
+    if staging != path:
+        if old.exists():
+            old.rmtree()
+        path.rename(old)
+        staging.rename(path)
+    for leftover in (old, _sibling(path, "new")):
+        if leftover.exists():
+            leftover.rmtree()

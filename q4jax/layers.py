@@ -13,7 +13,7 @@ from q4jax.frozen import freeze, thaw
 from q4jax.lookup import take_rows
 from q4jax.matmul import matmul_4bit
 from q4jax.params import Params4bit, quantize_stacked
-from q4jax.spec import QuantSpec
+from q4jax.spec import QuantSpec, float_dtype
 
 _kernel_init = nnx.initializers.lecun_normal()
 _embedding_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -23,9 +23,15 @@ class _Quantized(nnx.Module):
     """A module around one frozen 4-bit weight."""
 
     weight: Params4bit
+    param_dtype: DTypeLike
     quant_type: str
     blocksize: int
     compress_statistics: bool
+
+    def _spec(self, shape: tuple[int, int]) -> QuantSpec:
+        """The module's own description of its weight; ValueError for a setting not allowed."""
+        dtype = float_dtype(self.param_dtype, "param_dtype")
+        return QuantSpec.of(shape, dtype, self.quant_type, self.blocksize, self.compress_statistics)
 
     def _store(self, w: Array, name: str) -> None:
         """Quantize `w`, `[*lead, out, in]`, with the module's settings and keep it."""
@@ -41,10 +47,7 @@ class _Quantized(nnx.Module):
     def _load(self, shape: tuple[int, int]) -> Params4bit:
         """The weight with its arrays, as the module's own description has it."""
         weight = thaw(self.weight)
-        found = weight.quant_state.spec
-        mine = QuantSpec.of(
-            shape, found.dtype, self.quant_type, self.blocksize, self.compress_statistics
-        )
+        mine, found = self._spec(shape), weight.quant_state.spec
         if mine != found:
             raise ValueError(f"{type(self).__name__} is {mine.tag()}, its weight is {found.tag()}")
         return weight
@@ -105,10 +108,12 @@ class Linear4bit(_Quantized):
         self.out_features = out_features
         self.use_bias = use_bias
         self.dtype = dtype
+        self.param_dtype = param_dtype
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.compress_statistics = compress_statistics
         self.implementation = implementation
+        self._spec((out_features, in_features))
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         self._store(jnp.swapaxes(kernel, -1, -2), "kernel")
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
@@ -147,11 +152,14 @@ class Linear4bit(_Quantized):
             raise TypeError(f"{name}: cannot quantize a {type(linear).__name__}: {reason}")
         kernel = linear.kernel[...]
         settings["dtype"] = linear.dtype if settings.get("dtype") is None else settings["dtype"]
-        fixed: dict[str, Any] = {"use_bias": False, "kernel_init": lambda *_: kernel}
+        fixed: dict[str, Any] = {
+            "use_bias": False,
+            "param_dtype": kernel.dtype,
+            "kernel_init": lambda *_: kernel,
+            "rngs": nnx.Rngs(0),
+        }
         try:
-            layer = cls(
-                linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **fixed, **settings
-            )
+            layer = cls(linear.in_features, linear.out_features, **fixed, **settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         layer.use_bias = linear.use_bias
@@ -225,10 +233,12 @@ class Embedding4bit(_Quantized):
         self.num_embeddings = num_embeddings
         self.features = features
         self.dtype = dtype
+        self.param_dtype = param_dtype
         self.quant_type = quant_type
         self.blocksize = blocksize
         self.compress_statistics = compress_statistics
         self.implementation = implementation
+        self._spec((num_embeddings, features))
         table = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
         self._store(table, "embedding")
 

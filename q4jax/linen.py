@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import yaml  # type: ignore[import-untyped]
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -26,6 +27,12 @@ from q4jax.spec import QuantSpec, float_dtype
 COLLECTION = "quant"
 # The parameter of the dense layer, and the variable that it becomes.
 _NAMES = {"kernel": "weight", "embedding": "embedding"}
+
+
+# How `tabulate` shows a weight: the arrays are strings by then.
+yaml.SafeDumper.add_representer(
+    Params4bit, lambda dumper, w: dumper.represent_str(f"{w.packed} {w.quant_state.spec.tag()}")
+)
 
 
 def _array(leaf: Any) -> Any:
@@ -55,6 +62,7 @@ def _load(
 ) -> Params4bit:
     """The stored weight of `shape`, `[out, in]`, checked against the fields of the module."""
     dtype = float_dtype(module.param_dtype, "param_dtype")
+    float_dtype(dtype if module.dtype is None else module.dtype)
     nested = module.compress_statistics
     tag = QuantSpec.of(shape, dtype, module.quant_type, module.blocksize, nested).tag()
 
@@ -130,7 +138,7 @@ class Linear4bit(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """`[..., in]` to `[..., features]` in the compute dtype."""
-        inputs = jnp.asarray(inputs)
+        inputs = jnp.asarray(inputs, self.dtype)
         if not inputs.ndim:
             raise ValueError("inputs must be [..., in], got a scalar")
         hint = f", for inputs {list(inputs.shape)}"
@@ -139,8 +147,7 @@ class Linear4bit(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        x = inputs if self.dtype is None else inputs.astype(float_dtype(self.dtype))
-        return matmul_4bit(x, weight, bias=bias, implementation=self.implementation)
+        return matmul_4bit(inputs, weight, bias=bias, implementation=self.implementation)
 
 
 class LinearNF4(Linear4bit):
@@ -203,8 +210,7 @@ class Embedding4bit(nn.Module):
 
     def attend(self, query: Array) -> Array:
         """`query @ table.T`: `[..., features]` to `[..., num_embeddings]`, for a tied output."""
-        query = jnp.asarray(query)
-        query = query if self.dtype is None else query.astype(float_dtype(self.dtype))
+        query = jnp.asarray(query, self.dtype)
         return matmul_4bit(query, self._table, implementation=self.implementation)
 
 
@@ -285,9 +291,8 @@ def quantize_variables(
         names = sorted("/".join(path) for path in kept)
         raise ValueError(f"no layer to quantize with skip={list(skip)}; 'params' holds {names}")
     quant = {**flatten_dict(variables.get(COLLECTION, {})), **quant}
-    rest = {name: tree for name, tree in variables.items() if name not in ("params", COLLECTION)}
-    params = {"params": unflatten_dict(kept)} if kept else {}
-    return {**rest, **params, COLLECTION: unflatten_dict(quant)}
+    result = {**variables, "params": unflatten_dict(kept), COLLECTION: unflatten_dict(quant)}
+    return {name: tree for name, tree in result.items() if tree}
 
 
 def _source(node: Mapping[str, Any], embeddings: bool) -> str | None:

@@ -76,7 +76,9 @@ def _fold_rows(n: int, rows: int, tile: Callable[[Any, int, Any], Any], carry: A
     return lax.fori_loop(0, n // rows, body, carry)
 
 
-def _decode(packed: Array, absmax: Array, start, size: int, quant_type: str, dtype) -> Array:
+def _decode(
+    packed: Array, absmax: Array, start: Any, size: int, quant_type: str, dtype: Any
+) -> Array:
     """Rows of the weight, [size, K], rounded once to dtype."""
     code = codebooks.CODE[quant_type]
     pairs = jnp.asarray(np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1))  # [256, 2]
@@ -87,7 +89,9 @@ def _decode(packed: Array, absmax: Array, start, size: int, quant_type: str, dty
     return blocks.reshape(size, -1).astype(dtype)
 
 
-def _plan(op: str, x: Array, packed: Array, rows: int | None, upcast: bool | None):
+def _plan(
+    op: str, x: Array, packed: Array, rows: int | None, upcast: bool | None
+) -> tuple[int, Any]:
     """(tile rows, dtype of the dot's operands), from the table where None is given."""
     table_rows, table_upcast = choose(op, x.shape[0], packed.shape[1] * 2, x.dtype)
     upcast = table_upcast if upcast is None else upcast
@@ -145,7 +149,12 @@ def transposed(
 
     Args:
       g: [M, N].
-      packed, absmax, quant_type, blocksize, rows, upcast: as for `linear`.
+      packed: uint8 [N, K/2].
+      absmax: float32 [N, K/blocksize].
+      quant_type: "nf4" or "fp4".
+      blocksize: elements that share a scale; divides K.
+      rows: as for `linear`.
+      upcast: as for `linear`.
 
     Returns:
       float32 [M, K].
@@ -174,7 +183,7 @@ def _absmax(blocks: Array) -> Array:
     return lax.bitcast_convert_type(bits[..., 0], jnp.float32)
 
 
-def _select(values: list, bits: list[Array]):
+def _select(values: list[Any], bits: list[Array]) -> Any:
     """The entry of `values` that bits, most significant first, number."""
     for bit in reversed(bits):
         values = [jnp.where(bit, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
@@ -185,11 +194,12 @@ def _encode(scaled: Array, quant_type: str) -> Array:
     """[R, K] in [-1, 1] -> packed uint8 [R, K/2]."""
     thresholds = list(codebooks.THRESHOLDS[quant_type])
     above: list[Array] = []
+    interval = jnp.zeros(scaled.shape, jnp.int32)
     for half in (8, 4, 2, 1):
         pivot = _select(thresholds[half - 1 :: 2 * half], above)
         # Not ">": NaN is to pass every threshold.
         above.append(~(scaled <= pivot))
-    interval = sum(bit.astype(jnp.int32) << i for i, bit in enumerate(reversed(above)))
+        interval += jnp.where(above[-1], half, 0)
     # As 16-bit pairs: strided slices of bytes would not be vectorized.
     codes = lax.optimization_barrier(interval.astype(jnp.uint8)).reshape(len(scaled), -1, 2)
     pairs = lax.bitcast_convert_type(codes, jnp.uint16)  # odd element << 8 | even element

@@ -1,0 +1,15 @@
+"""The Llama family in NNX: models, pretrained weights, generation."""
+
+from q4jax.models.config import LlamaConfig
+from q4jax.models.generate import generate
+from q4jax.models.llama import Llama
+from q4jax.models.pretrained import from_pretrained, from_tensors, save_pretrained
+
+__all__ = [
+    "Llama",
+    "LlamaConfig",
+    "from_pretrained",
+    "from_tensors",
+    "generate",
+    "save_pretrained",
+]
