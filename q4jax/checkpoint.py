@@ -186,7 +186,7 @@ def _read_header(read: _Read, where: str) -> Any:
     except (KeyError, FileNotFoundError):
         raise ValueError(f"{where} is not a checkpoint of q4jax: no item {HEADER!r}") from None
     except ValueError as error:
-        raise ValueError(f"{where} is corrupted: its header is no JSON ({error})") from None
+        raise ValueError(f"{where} is corrupted or incomplete: {error}") from None
 
 
 def _read_arrays(read: _Read, entries: dict[Path, Any], wanted: dict[str, Any]) -> Leaves:

@@ -72,9 +72,11 @@ def _entry(path: Path, leaf: Any) -> Entry:
         raise TypeError(f"{name_of(path)} must be {allowed}, got {type(leaf).__name__}")
     array = data_of(leaf)
     entry |= {"data": describe(array), "sha256": digest(path, array)}
-    if _is_key(leaf):
-        return entry | {"kind": "key", "impl": str(jax.random.key_impl(leaf))}
-    return entry | {"kind": "jax" if isinstance(leaf, jax.Array) else "numpy"}
+    if not isinstance(leaf, jax.Array):
+        return entry | {"kind": "numpy"}
+    if not _is_key(leaf):
+        return entry | {"kind": "jax"}
+    return entry | {"kind": "key", "impl": str(jax.random.key_impl(leaf))}
 
 
 def data_of(leaf: Any) -> Any:

@@ -1,8 +1,8 @@
 """The 4-bit layers for Flax Linen.
 
 Their quantized weights live in a collection of their own, `"quant"`, one `Params4bit` a layer;
-what can be trained, the bias, is in `"params"`. So differentiate and optimize `"params"`, and pass
-`"quant"` along: `model.apply({"params": params, "quant": quant}, x)`. `nn.scan` and `nn.vmap` take
+the bias is in `"params"`. Differentiate and optimize `"params"` and pass `"quant"` along:
+`model.apply({"params": params, "quant": quant}, x)`. `nn.scan` and `nn.vmap` take
 `variable_axes={"params": 0, "quant": 0}`.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml  # type: ignore[import-untyped]
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -29,21 +28,17 @@ COLLECTION = "quant"
 _NAMES = {"kernel": "weight", "embedding": "embedding"}
 
 
-# How `tabulate` shows a weight: the arrays are strings by then.
-yaml.SafeDumper.add_representer(
-    Params4bit, lambda dumper, w: dumper.represent_str(f"{w.packed} {w.quant_state.spec.tag()}")
-)
-
-
 def _array(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, nn.Partitioned) else leaf
 
 
 def _quantize(w: Any, path: tuple[str, ...], **settings: Any) -> Params4bit:
     """Quantize a dense parameter; an `nn.Partitioned` one gives such a box for every leaf."""
+    name = "/".join(path)
+    float_dtype(_array(w).dtype, name)
     transpose = path[-1] == "kernel"  # [*lead, in, out]
     array = jnp.swapaxes(_array(w), -1, -2) if transpose else _array(w)
-    weight = quantize_stacked(array, "/".join(path), **settings)
+    weight = quantize_stacked(array, name, **settings)
     if not isinstance(w, nn.Partitioned):
         return weight
     *lead, rows, columns = w.names
@@ -61,9 +56,8 @@ def _load(
     module: "Linear4bit | Embedding4bit", source: str, init: Any, shape: tuple[int, int], hint: str
 ) -> Params4bit:
     """The stored weight of `shape`, `[out, in]`, checked against the fields of the module."""
-    dtype = float_dtype(module.param_dtype, "param_dtype")
+    dtype, nested = float_dtype(module.param_dtype, "param_dtype"), module.compress_statistics
     float_dtype(dtype if module.dtype is None else module.dtype)
-    nested = module.compress_statistics
     tag = QuantSpec.of(shape, dtype, module.quant_type, module.blocksize, nested).tag()
 
     def create() -> Params4bit:
@@ -288,8 +282,8 @@ def quantize_variables(
 
     visit(variables["params"], ())
     if not quant:
-        names = sorted("/".join(path) for path in kept)
-        raise ValueError(f"no layer to quantize with skip={list(skip)}; 'params' holds {names}")
+        left = sorted(map("/".join, kept))
+        raise ValueError(f"no layer to quantize with skip={list(skip)}; 'params' holds {left}")
     quant = {**flatten_dict(variables.get(COLLECTION, {})), **quant}
     result = {**variables, "params": unflatten_dict(kept), COLLECTION: unflatten_dict(quant)}
     return {name: tree for name, tree in result.items() if tree}

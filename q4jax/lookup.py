@@ -34,15 +34,15 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
     dtype = state.dtype if dtype is None else float_dtype(dtype)
     ids = jnp.where(ids < 0, ids + rows, ids)[..., None]
     inside = (ids >= 0) & (ids < rows)
-    first = jnp.where(inside, ids, 0) * features
-    # Whole bytes of the rows where rows hold whole blocks, else element by element.
+    row = jnp.where(inside, ids, 0)
+    # Whole rows of codes where rows hold whole blocks, else element by element.
     if state.spec.in_rows:
-        byte = first // 2 + jnp.arange(features // 2)
-        nibbles = blockwise.unpack(weight.packed.reshape(-1)[byte])
-        block = first // state.blocksize + jnp.arange(features // state.blocksize)
-        scales = jnp.repeat(_scales(weight, block), state.blocksize, axis=-1)
+        nibbles = blockwise.unpack(weight.packed[row[..., 0]])
+        blocks = features // state.blocksize
+        scales = _scales(weight, row * blocks + jnp.arange(blocks))
+        scales = jnp.repeat(scales, state.blocksize, axis=-1)
     else:
-        element = first + jnp.arange(features)
+        element = row * features + jnp.arange(features)
         pair = weight.packed[element // 2]
         nibbles = jnp.where(element % 2 == 0, pair >> 4, pair & 15)
         scales = _scales(weight, element // state.blocksize)

@@ -1,13 +1,24 @@
-"""`flax.serialization` for 4-bit weights; importing this module registers it.
+"""`flax.serialization` of 4-bit weights, and how `tabulate` of a Linen module shows them.
 
-A `Params4bit` becomes `{"packed": codes, "quant_state": {"absmax__<tag>": ..., ...}}`: the tag in
-the names is compared with the target's, so bytes of one weight cannot fill another.
+Importing this module registers both. A `Params4bit` becomes
+`{"packed": codes, "quant_state": {"absmax__<tag>": ..., ...}}`: the tag in the names is compared
+with the target's, so bytes of one weight cannot fill another. A tag, name, dtype or shape that
+differs from the target's is a ValueError that names both.
+
+Example:
+  >>> import jax.numpy as jnp, q4jax
+  >>> from flax import serialization
+  >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
+  >>> data = serialization.to_bytes({"weight": weight})
+  >>> serialization.from_bytes({"weight": weight}, data)
+  {'weight': Params4bit(uint8[2, 32], nf4_b64_n0_float32_2x64)}
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import yaml  # type: ignore[import-untyped]
 from flax import serialization
 
 from q4jax.params import Params4bit
@@ -82,3 +93,7 @@ def _require_keys(expected: Iterable[str], state: Any) -> None:
 
 serialization.register_serialization_state(Params4bit, _to_state_dict, _params_from_state_dict)
 serialization.register_serialization_state(QuantState, _to_state_dict, _state_from_state_dict)
+# By the time `tabulate` writes YAML, the arrays are strings such as "uint8[64,128]".
+yaml.SafeDumper.add_representer(
+    Params4bit, lambda dumper, w: dumper.represent_str(f"{w.packed} {w.quant_state.spec.tag()}")
+)

@@ -41,13 +41,12 @@ def has_bfloat16_dot() -> bool:
         return False
 
 
-def choose(op: str, m: int, k: int, dtype: Any) -> tuple[int, bool]:
-    """(tile rows, whether to convert operands to float32 before the dot), from the table.
+def choose(op: str, m: int, dtype: Any) -> tuple[int, bool]:
+    """(elements a tile, whether to convert operands to float32 before the dot), from the table.
 
     Args:
       op: "linear" or "transposed".
       m: rows of the activation.
-      k: columns of the weight.
       dtype: the activation's.
     """
     name = jnp.dtype(dtype).name
@@ -55,84 +54,162 @@ def choose(op: str, m: int, k: int, dtype: Any) -> tuple[int, bool]:
         name += "_native" if has_bfloat16_dot() else "_emulated"
     rows_of = _table()[op][name]
     _, elements, upcast = next((row for row in rows_of if m <= row[0]), rows_of[-1])
-    rows = elements // k
-    return max(rows - rows % 16, 16), bool(upcast)
+    return elements, bool(upcast)
 
 
-def _fold_rows(n: int, rows: int, tile: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-    """`carry = tile(start, size, carry)` over all n rows: the odd rest first, then full tiles."""
-    rest = n % rows
+def _fold(n: int, size: int, tile: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """`carry = tile(start, size, carry)` over [0, n): the odd rest first, then full tiles."""
+    rest = n % size
     if rest:
         carry = tile(0, rest, carry)
-    if n < rows:
+    if n - rest == size:
+        return tile(rest, size, carry)
+    if n < size:
         return carry
 
     def body(i, carry):
         # Some XLA versions take any loop without library calls for a small one and run it on a
         # single thread. A sort of two numbers, in effect a no-op, is such a call.
         i = lax.sort(jnp.stack([i, i]))[0]
-        return tile(rest + i * rows, rows, carry)
+        return tile(rest + i * size, size, carry)
 
-    return lax.fori_loop(0, n // rows, body, carry)
+    return lax.fori_loop(0, n // size, body, carry)
 
 
-def _decode(
-    packed: Array, absmax: Array, start: Any, size: int, quant_type: str, dtype: Any
-) -> Array:
-    """Rows of the weight, [size, K], rounded once to dtype."""
+def _pairs(quant_type: str) -> Array:
+    """What each byte decodes to, [256, 2]."""
     code = codebooks.CODE[quant_type]
-    pairs = jnp.asarray(np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1))  # [256, 2]
-    packed = lax.dynamic_slice_in_dim(packed, start, size)  # [R, K/2]
-    scales = lax.dynamic_slice_in_dim(absmax, start, size)[..., None]  # [R, K/blocksize, 1]
-    values = pairs.at[packed].get(mode="promise_in_bounds")  # [R, K/2, 2]
-    blocks = values.reshape(size, scales.shape[1], -1) * scales
-    return blocks.reshape(size, -1).astype(dtype)
+    return jnp.asarray(np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1))
 
 
-def _plan(
-    op: str, x: Array, packed: Array, rows: int | None, upcast: bool | None
-) -> tuple[int, Any]:
-    """(tile rows, dtype of the dot's operands), from the table where None is given."""
-    table_rows, table_upcast = choose(op, x.shape[0], packed.shape[1] * 2, x.dtype)
-    upcast = table_upcast if upcast is None else upcast
-    return rows or table_rows, jnp.float32 if upcast else x.dtype
+def decode(packed: Array, absmax: Array, *, quant_type: str, dtype: Any) -> Array:
+    """[R, K/2] and [R, K/blocksize] to [R, K], rounded once to dtype."""
+    values = _pairs(quant_type).at[packed].get(mode="promise_in_bounds")  # [R, K/2, 2]
+    blocks = values.reshape(*absmax.shape, -1) * absmax[..., None]
+    return blocks.reshape(packed.shape[0], -1).astype(dtype)
+
+
+def _as_bits(x: Array) -> Array:
+    """16-bit floats as integers: XLA's CPU backend takes a slice of all in float32 instead."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _as_float(bits: Array, dtype: Any) -> Array:
+    return lax.bitcast_convert_type(bits, dtype) if dtype.itemsize == 2 else bits
+
+
+def _column_tile(columns: int, blocksize: int) -> int:
+    """At most so many columns, such that a tile is whole blocks or lies in one."""
+    if columns >= blocksize:
+        return columns - columns % blocksize
+    return 1 << max(columns.bit_length() - 1, 4)
+
+
+def _product(
+    x: Array,
+    packed: Array,
+    absmax: Array,
+    bias: Array | None,
+    *,
+    quant_type: str,
+    blocksize: int,
+    transpose: bool,
+    elements: int | None,
+    upcast: bool | None,
+) -> Array:
+    """x @ W.T + bias, or x @ W where `transpose`, in x's dtype.
+
+    A tile of the result is the sum over chunks of the contraction. There is one chunk, unless
+    operands are converted, where a chunk bounds the converted part of x too, or the result of
+    `transpose` is small, where adding to all of it is faster than tiles of a few columns.
+    """
+    m, n, k = x.shape[0], packed.shape[0], packed.shape[1] * 2
+    table_elements, table_upcast = choose("transposed" if transpose else "linear", m, x.dtype)
+    elements = elements or table_elements
+    dot_dtype = jnp.float32 if (table_upcast if upcast is None else upcast) else x.dtype
+    contraction, outputs = (n, k) if transpose else (k, n)
+    if transpose and 2 * m * k <= elements:
+        size, chunk = k, max(elements // k // 16 * 16, 16)
+    elif dot_dtype != x.dtype and m * contraction > elements:
+        chunk = max(elements // m, 16)
+        size = max(elements // chunk, 16)
+    else:
+        chunk = contraction
+        size = max(elements // chunk // 16 * 16, 16)
+    # A tile of columns is whole blocks, or lies in one.
+    if transpose and size < k:
+        size = _column_tile(size, blocksize)
+    if not transpose and chunk < k:
+        chunk = _column_tile(chunk, blocksize)
+    chunk = min(chunk, contraction)
+
+    x_bits = _as_bits(x)
+
+    def weight(row, rows, column, columns):
+        codes = lax.dynamic_slice(packed, (row, column // 2), (rows, columns // 2))
+        block, blocks = column // blocksize, max(columns // blocksize, 1)
+        scales = lax.dynamic_slice(absmax, (row, block), (rows, blocks))
+        w = decode(codes, scales, quant_type=quant_type, dtype=x.dtype)
+        return w.astype(dot_dtype)
+
+    def tile(start, size, y):
+        def add(at, chunk, total):
+            # The barrier keeps XLA from converting all of x before the loop.
+            xs = lax.optimization_barrier(lax.dynamic_slice_in_dim(x_bits, at, chunk, 1))
+            xs = _as_float(xs, x.dtype).astype(dot_dtype)
+            w = weight(at, chunk, start, size) if transpose else weight(start, size, at, chunk)
+            form = "mc,cs->ms" if transpose else "mc,sc->ms"
+            part = jnp.einsum(form, xs, w, preferred_element_type=jnp.float32)
+            return part if total is None else total + part
+
+        zero = None if chunk == contraction else jnp.zeros((m, size), jnp.float32)
+        total = _fold(contraction, chunk, add, zero)  # [M, size]
+        if bias is not None:
+            total += lax.dynamic_slice_in_dim(bias, start, size).astype(jnp.float32)
+        return lax.dynamic_update_slice_in_dim(y, _as_bits(total.astype(x.dtype)), start, 1)
+
+    y = _fold(outputs, size, tile, jnp.zeros((m, outputs), x_bits.dtype))
+    return _as_float(y, x.dtype)
 
 
 def linear(
     x: Array,
     packed: Array,
     absmax: Array,
+    bias: Array | None = None,
     *,
     quant_type: str,
     blocksize: int,
-    rows: int | None = None,
+    elements: int | None = None,
     upcast: bool | None = None,
 ) -> Array:
-    """x @ W.T, accumulated in float32.
+    """x @ W.T + bias, accumulated in float32 and rounded once.
 
     Args:
       x: [M, K].
       packed: uint8 [N, K/2].
       absmax: float32 [N, K/blocksize].
+      bias: [N], or None.
       quant_type: "nf4" or "fp4".
       blocksize: elements that share a scale; divides K.
-      rows: weight rows a tile; None takes the table's.
+      elements: elements of the weight that are decoded at a time; None takes the table's.
       upcast: whether the dot's operands, rounded to x's dtype, are converted to float32, which
         changes no product; None takes the table's.
 
     Returns:
-      float32 [M, N].
+      [M, N] in x's dtype.
     """
-    m, n = x.shape[0], packed.shape[0]
-    rows, dot_dtype = _plan("linear", x, packed, rows, upcast)
-    xd = x.astype(dot_dtype)
-
-    def tile(start, size, y):
-        w = _decode(packed, absmax, start, size, quant_type, x.dtype)
-        part = jnp.einsum("mk,nk->mn", xd, w.astype(dot_dtype), preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(y, part, start, 1)
-
-    return _fold_rows(n, rows, tile, jnp.zeros((m, n), jnp.float32))
+    return _product(
+        x,
+        packed,
+        absmax,
+        bias,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        transpose=False,
+        elements=elements,
+        upcast=upcast,
+    )
 
 
 def transposed(
@@ -142,10 +219,10 @@ def transposed(
     *,
     quant_type: str,
     blocksize: int,
-    rows: int | None = None,
+    elements: int | None = None,
     upcast: bool | None = None,
 ) -> Array:
-    """g @ W, accumulated in float32 over the tiles: the gradient of `linear` with respect to x.
+    """g @ W, accumulated in float32 and rounded once: `linear`'s gradient with respect to x.
 
     Args:
       g: [M, N].
@@ -153,22 +230,23 @@ def transposed(
       absmax: float32 [N, K/blocksize].
       quant_type: "nf4" or "fp4".
       blocksize: elements that share a scale; divides K.
-      rows: as for `linear`.
+      elements: as for `linear`.
       upcast: as for `linear`.
 
     Returns:
-      float32 [M, K].
+      [M, K] in g's dtype.
     """
-    m, n = g.shape
-    rows, dot_dtype = _plan("transposed", g, packed, rows, upcast)
-    gd = g.astype(dot_dtype)
-
-    def tile(start, size, dx):
-        w = _decode(packed, absmax, start, size, quant_type, g.dtype)
-        part = lax.dynamic_slice_in_dim(gd, start, size, 1)  # [M, R]
-        return dx + jnp.matmul(part, w.astype(dot_dtype), preferred_element_type=jnp.float32)
-
-    return _fold_rows(n, rows, tile, jnp.zeros((m, packed.shape[1] * 2), jnp.float32))
+    return _product(
+        g,
+        packed,
+        absmax,
+        None,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        transpose=True,
+        elements=elements,
+        upcast=upcast,
+    )
 
 
 def _absmax(blocks: Array) -> Array:
@@ -251,7 +329,7 @@ def quantize_rows(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, 
         return packed, lax.dynamic_update_slice_in_dim(out[1], absmax, start, 0)
 
     def fold(scale, out):
-        return _fold_rows(n, _QUANTIZE_ROWS, functools.partial(tile, scale), out)
+        return _fold(n, _QUANTIZE_ROWS, functools.partial(tile, scale), out)
 
     zeros = jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // blocksize), jnp.float32)
     out = fold(_multiply, zeros)
