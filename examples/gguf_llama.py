@@ -1,0 +1,129 @@
+"""A Llama and its tokenizer from one GGUF file, the format of llama.cpp."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from q4jax.models import Llama, LlamaConfig, from_tensors
+
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_SCALING = "llama.rope.scaling.type"
+_CONTROL = 3  # the token type of <|endoftext|> and the like
+
+
+def load(path: Path) -> Llama:
+    """The model, float32 and dense.
+
+    Raises:
+      NotImplementedError: another architecture or rope than SmolLM2's.
+    """
+    reader = gguf.GGUFReader(path)
+    config = read_config(reader)
+    return from_tensors(config, GGUFTensors(reader, config))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The byte-level BPE tokenizer of the model.
+
+    Raises:
+      NotImplementedError: another kind of tokenizer than SmolLM2's.
+    """
+    reader = gguf.GGUFReader(path)
+    kind = (field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise NotImplementedError(f"tokenizer {kind}: only ('gpt2', 'smollm') is read")
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = field(reader, "tokenizer.ggml.token_type")
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer
+
+
+def field(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
+    """One entry of the metadata; an error if it is absent and has no default."""
+    if name not in reader.fields and default is None:
+        raise ValueError(f"the GGUF file has no {name!r}")
+    return reader.fields[name].contents() if name in reader.fields else default
+
+
+def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
+    """The config that the metadata describe."""
+    if field(reader, "general.architecture") != "llama" or _SCALING in reader.fields:
+        raise NotImplementedError("only GGUF files of plain llama models are read")
+
+    def get(name: str, default: Any = None) -> Any:
+        return field(reader, f"llama.{name}", default)
+
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    return LlamaConfig(
+        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
+        hidden_size=hidden,
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads),
+        head_dim=get("rope.dimension_count", hidden // heads),
+        max_position_embeddings=get("context_length"),
+        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=get("rope.freq_base", 10000.0),
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
+    )
+
+
+class GGUFTensors(Mapping[str, np.ndarray]):
+    """The tensors of a GGUF file under Hugging Face's names, made float32 when looked up."""
+
+    def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        names = dict(_TOP)
+        for layer in range(config.num_hidden_layers):
+            for hf, ggml in _LAYER.items():
+                names[f"model.layers.{layer}.{hf}.weight"] = f"blk.{layer}.{ggml}.weight"
+        self._tensors = {hf: stored.pop(ggml) for hf, ggml in names.items() if ggml in stored}
+        self._tensors |= stored  # left-overs keep their names, to be refused as unexpected
+        self._head_dim = config.head_dim
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF puts the two features of a rotary pair side by side, Hugging Face half a head
+            # apart.
+            pairs = value.reshape(-1, self._head_dim // 2, 2, value.shape[-1])
+            value = pairs.swapaxes(1, 2).reshape(value.shape)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

