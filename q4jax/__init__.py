@@ -15,7 +15,7 @@ from q4jax.state import QuantState
 if TYPE_CHECKING:
     from q4jax import checkpoint, models
     from q4jax.convert import dequantize_model, plan_quantization, quantize_model
-    from q4jax.fingerprint import fingerprint
+    from q4jax.digests import fingerprint
     from q4jax.layers import (
         Embedding4bit,
         EmbeddingFP4,
@@ -75,7 +75,7 @@ _LAZY = {
     "memory_report": "q4jax.memory",
     "add_lora": "q4jax.lora",
     "merge_lora": "q4jax.lora",
-    "fingerprint": "q4jax.fingerprint",
+    "fingerprint": "q4jax.digests",
 }
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import SequenceKey
 
-from q4jax.fingerprint import combine, digest
+from q4jax.digests import combine, digest
 from q4jax.state import split_tag
 from q4jax.trees import Leaves, Path, describe, find_weights, in_weight, name_of, tag_of
 

@@ -65,12 +65,11 @@ def matmul_4bit(
     if len(shape) != 2:
         raise ValueError(f"matmul_4bit: quant_state.shape must be 2D [N, K], got {list(shape)}")
     n, k = shape
-    dtype = getattr(x, "dtype", None)
-    float_dtype(dtype if dtype is not None else type(x), "x.dtype")
+    float_dtype(getattr(x, "dtype", type(x).__name__), "x.dtype")
     if not x.ndim or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a weight of [{n}, {k}], got {list(x.shape)}")
     if bias is not None:
-        float_dtype(getattr(bias, "dtype", type(bias)), "bias.dtype")
+        float_dtype(getattr(bias, "dtype", type(bias).__name__), "bias.dtype")
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {bias.shape}")
     return _matmul(implementations.resolve(implementation), x, weight, bias)

@@ -23,7 +23,7 @@ from flax.training.train_state import TrainState
 import q4jax
 import q4jax.linen
 from q4jax import checkpoint
-from q4jax.fingerprint import fingerprint
+from q4jax.digests import fingerprint
 from q4jax.frozen import Frozen4bit
 
 W = jax.random.normal(jax.random.key(0), (64, 128))
@@ -608,7 +608,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import q4jax
 from q4jax import checkpoint
-from q4jax.fingerprint import fingerprint
+from q4jax.digests import fingerprint
 path = sys.argv[1]
 """
 

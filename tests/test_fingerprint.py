@@ -1,6 +1,7 @@
 """`fingerprint` sees every bit of every 4-bit weight, and nothing else."""
 
 import hashlib
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import q4jax
-from q4jax.fingerprint import fingerprint
+from q4jax.digests import fingerprint
 from q4jax.frozen import freeze
 
 W = jax.random.normal(jax.random.key(0), (64, 128))
@@ -62,6 +63,11 @@ def test_the_container_does_not_count(model):
     assert fingerprint(plain(model)) == expected
     assert fingerprint(nnx.merge(*nnx.split(model))) == expected
     assert fingerprint({"model": model}) == fingerprint({"model": nnx.state(model)}) != expected
+
+
+def test_the_public_name_is_the_function_whatever_was_imported_before():
+    importlib.import_module("q4jax.checkpoint")
+    assert q4jax.fingerprint is fingerprint
 
 
 def test_linen_boxes_do_not_count():

@@ -41,7 +41,9 @@ def cases(name, quant_type):
 def test_plain(name, quant_type):
     w, expected = cases(name, quant_type)
     # One compilation for all blocksizes takes half the time of one for each.
-    found = jax.jit(lambda w: {b: Params4bit.quantize(w, b, False, quant_type) for b in expected})(w)
+    found = jax.jit(lambda w: {b: Params4bit.quantize(w, b, False, quant_type) for b in expected})(
+        w
+    )
     dense = dequantize(found)
     for b, e in expected.items():
         packed, absmax = np.asarray(found[b].packed), np.asarray(found[b].quant_state.absmax)
@@ -142,7 +144,9 @@ def test_special_values(dtype, quant_type):
         }
         for array, theirs in expected.items():
             theirs = theirs.copy()
-            for index, (before, after) in SUBNORMAL.get((dtype, name, quant_type, array), {}).items():
+            for index, (before, after) in SUBNORMAL.get(
+                (dtype, name, quant_type, array), {}
+            ).items():
                 np.testing.assert_allclose(theirs[index].astype(np.float32), before, rtol=1e-3)
                 theirs[index] = after
             assert oracle.same_bits(actual[array], theirs), (name, array)

@@ -87,9 +87,7 @@ def test_formats(quant_type, nested, blocksize):
     x = normal(1, 3, 256)
     assert_product(q4jax.matmul_4bit(x, weight), x, weight.dequantize())
     packed, state = weight.packed, weight.quant_state
-    np.testing.assert_array_equal(
-        q4jax.matmul_4bit(x, packed, state), q4jax.matmul_4bit(x, weight)
-    )
+    np.testing.assert_array_equal(q4jax.matmul_4bit(x, packed, state), q4jax.matmul_4bit(x, weight))
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)

@@ -149,12 +149,18 @@ F32 = jnp.float32
     ("change", "message"),
     [
         ({"absmax": jnp.zeros((4, 2), F32)}, r"absmax must be uint8\[4, 2\] .* got float32"),
-        ({"absmax": jnp.zeros((4, 3), jnp.uint8)}, r"absmax must be uint8\[4, 2\].* got uint8\[4, 3"),
+        (
+            {"absmax": jnp.zeros((4, 3), jnp.uint8)},
+            r"absmax must be uint8\[4, 2\].* got uint8\[4, 3",
+        ),
         ({"nested_absmax": None}, "nested_absmax and offset must be arrays in a nested QuantState"),
         ({"offset": None}, "nested_absmax and offset must be arrays in a nested QuantState"),
         ({"offset": jnp.zeros((2,), F32)}, r"offset must be float32 .* got float32\[2\]"),
         ({"offset": jnp.zeros((), jnp.bfloat16)}, "offset must be float32 .* got bfloat16"),
-        ({"nested_absmax": jnp.zeros((2,), F32)}, r"nested_absmax must be float32\[1\], got .*\[2\]"),
+        (
+            {"nested_absmax": jnp.zeros((2,), F32)},
+            r"nested_absmax must be float32\[1\], got .*\[2\]",
+        ),
         ({"nested_absmax": jnp.zeros((1,), jnp.bfloat16)}, "nested_absmax .* got bfloat16"),
     ],
 )

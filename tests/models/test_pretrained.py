@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import q4jax
 from q4jax.models import Llama, from_pretrained, from_tensors, save_pretrained
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -166,3 +167,19 @@ def test_one_tensor_at_a_time(model, tmp_path, config):
 
     from_tensors(config, Watched(stored))
     assert all(lookups.count(name) == 1 for name in stored if "layers" in name)
+
+
+def test_quantization_while_loading(config, tmp_path, input_ids, forward, relative):
+    config = dataclasses.replace(config, hidden_size=64, intermediate_size=128, head_dim=16)
+    save_pretrained(Llama(config, rngs=nnx.Rngs(4)), tmp_path)
+    model = from_pretrained(tmp_path, quantization=q4jax.QuantConfig(quant_type="fp4"))
+    assert isinstance(model.layers.mlp.up_proj, q4jax.Linear4bit)
+    assert model.layers.mlp.up_proj.weight.packed.shape == (3, 128, 32)
+    assert type(model.lm_head) is nnx.Linear
+    dense = q4jax.dequantize_model(model)
+    assert relative(forward(model, input_ids), forward(dense, input_ids)) < 1e-5
+
+    edit(tmp_path, lambda t: t[UP].__setitem__((3, 5), np.nan))
+    from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{UP} has NaN"):
+        from_pretrained(tmp_path, quantization=q4jax.QuantConfig())

@@ -31,13 +31,12 @@ def fingerprint(tree: Any) -> str:
 
     Example:
       >>> import jax.numpy as jnp, q4jax
-      >>> from q4jax.fingerprint import fingerprint
       >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
-      >>> before = fingerprint({"step": 1, "layers": [weight]})
-      >>> before == fingerprint({"step": 2, "layers": {0: weight}})
+      >>> before = q4jax.fingerprint({"step": 1, "layers": [weight]})
+      >>> before == q4jax.fingerprint({"step": 2, "layers": {0: weight}})
       True
       >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="fp4")
-      >>> before == fingerprint({"step": 1, "layers": [weight]})
+      >>> before == q4jax.fingerprint({"step": 1, "layers": [weight]})
       False
     """
     found = leaves(tree)
