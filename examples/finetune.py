@@ -171,15 +171,14 @@ def begin(
     settings["ppl_dense"] = perplexity(model, held_out, settings)
     print(f"held-out perplexity, dense: {settings['ppl_dense']:.2f}")
 
-    model = q4jax.quantize_model(model, config)
+    model, optimizer = adapt(q4jax.quantize_model(model, config), settings)
     report = q4jax.memory_report(model)
     settings["bits_per_weight"] = report.bits_per_weight
+    # The adapters start at zero, so this is the quantized model's own perplexity.
     settings["ppl_quantized"] = perplexity(model, held_out, settings)
     print(f"{report}\nheld-out perplexity, 4 bits: {settings['ppl_quantized']:.2f}")
     settings["text_before"] = continuation(model, tokenizer, settings)
     print(f"--- before fine-tuning ---\n{settings['text_before']}\n---")
-
-    model, optimizer = adapt(model, settings)
     run.create(settings, lambda: save(run, model, optimizer))
     run.log(step=0, perplexity=settings["ppl_quantized"])
     return model, optimizer
