@@ -199,7 +199,9 @@ def tune(size, repeats):
                 times = measure(candidates, repeats)
                 elements, upcast = min(times, key=lambda key: times[key][0])
                 rows_of.append([m, elements, int(upcast)])
-                print(op.__name__, name, f"M={m}", f"elements={elements} upcast={upcast}", flush=True)
+                print(
+                    op.__name__, name, f"M={m}", f"elements={elements} upcast={upcast}", flush=True
+                )
             table[op.__name__][name] = rows_of
     lines = []
     for op, dtypes in table.items():
