@@ -36,11 +36,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = parser.add_argument
-    add("--model", type=Path, help="Hugging Face directory of a Llama; else SmolLM2-135M")
-    add("--data", type=Path, help="UTF-8 text, its last tenth held out; else Shakespeare")
+    add("--model", type=_absolute, help="Hugging Face directory of a Llama; else SmolLM2-135M")
+    add("--data", type=_absolute, help="UTF-8 text, its last tenth held out; else Shakespeare")
     add("--out", type=Path, default=Path("finetune-out"), help="folder for the results")
     add("--resume", action="store_true", help="continue the run in --out with its settings")
-    add("--steps", type=_positive, default=50, help="optimizer steps")
+    add("--steps", type=_positive, default=40, help="optimizer steps")
     add("--batch", type=_positive, default=4, help="windows of text in a step")
     add("--length", type=_positive, default=128, help="tokens in a window")
     add("--rank", type=_positive, default=8, help="rank of the adapters")
@@ -49,8 +49,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit data type")
     add("--blocksize", type=int, default=64, help="weights that share a scale")
     add("--no-double-quant", action="store_true", help="keep the scales in float32")
-    add("--save-every", type=_positive, default=25, help="steps between checkpoints")
-    add("--eval-every", type=_positive, default=25, help="steps between held-out evaluations")
+    add("--save-every", type=_positive, default=20, help="steps between checkpoints")
+    add("--eval-every", type=_positive, default=20, help="steps between held-out evaluations")
     add("--eval-windows", type=_positive, default=4, help="held-out windows of 512 tokens")
     add("--prompt", default="HAMLET.\nTo be, or not to be", help="what to continue")
     add("--new-tokens", type=int, default=48, help="how far to continue it")
@@ -63,6 +63,10 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).expanduser().resolve()
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -25,7 +25,10 @@ def load_tokenizer(folder: str | None) -> Tokenizer:
     """The tokenizer that goes with `load_model`."""
     if folder is None:
         return gguf_llama.load_tokenizer(demo.model_file())
-    return Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    file = Path(folder, "tokenizer.json")
+    if not file.is_file():
+        raise SystemExit(f"--model: there is no {file}")
+    return Tokenizer.from_file(str(file))
 
 
 def load_text(file: str | None, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

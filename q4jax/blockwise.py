@@ -71,11 +71,25 @@ def _interval(scaled: Array, thresholds: np.ndarray) -> Array:
     return jnp.searchsorted(jnp.asarray(thresholds), scaled, side="left")
 
 
+def _sum(flat: Array) -> Array:
+    """The sum by halving: the same bits under `jit`, `vmap` and eagerly, as no reduction has."""
+    while flat.size > 1:
+        flat = jnp.pad(flat, (0, flat.size % 2))
+        half = flat.size // 2
+        flat = flat[:half] + flat[half:]
+    return flat[0]
+
+
 def _quantize_absmax(absmax: Array) -> tuple[Array, Array, Array]:
     """Double quantization: (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
-    offset = absmax.mean(dtype=jnp.float32)
+    # The mean by a true division: a divisor that does not depend on data would become a product
+    # with the reciprocal, and that be contracted into the subtraction.
+    total = _sum(absmax.ravel())
+    offset = total / jnp.where(jnp.isnan(total), 1.0, jnp.float32(absmax.size))
     scaled, nested_absmax = _scale_blocks((absmax - offset).ravel(), codebooks.NESTED_BLOCKSIZE)
     codes = _interval(scaled, codebooks.DYNAMIC_THRESHOLDS).astype(jnp.uint8)
+    # Any code decodes to the offset in a block without spread; bitsandbytes writes 0.
+    codes = jnp.where(nested_absmax[:, None] == 0, 0, codes)
     return codes.ravel()[: absmax.size].reshape(absmax.shape), nested_absmax, offset
 
 

@@ -141,34 +141,31 @@ class Params4bit:
         """
         state = Params4bit.of(self, None).quant_state
         spec = state.spec
-        *joint, rows, columns = spec.shape if not spec.in_rows else (*state.lead, *spec.shape)
-        if spec.in_rows and (state.offset is None or state.offset.ndim == len(state.lead)):
+        stacked = 0 if state.offset is None else state.offset.ndim
+        if len(spec.shape) <= 2 and (state.offset is None or stacked == len(state.lead)):
             return self
-        stacked = state.offset.ndim if state.offset is not None else 0
-        size = rows * columns
-        if not joint:
-            return self
-        if size % spec.blocksize:
+        lead, (rows, columns) = state.shape[:-2], state.shape[-2:]
+        if rows * columns % spec.blocksize:
             raise ValueError(
                 f"cannot unstack {self!r}: a matrix of {rows}x{columns} is not a whole number of "
                 f"blocks of {spec.blocksize}"
             )
-        if spec.nested and size // spec.blocksize % spec.nested_blocksize:
+        blocks = rows * columns // spec.blocksize
+        if spec.nested and blocks % spec.nested_blocksize:
             raise ValueError(
-                f"cannot unstack {self!r}: the {size // spec.blocksize} blocks of a matrix are "
-                f"not a multiple of {spec.nested_blocksize}, so matrices share nested scales"
+                f"cannot unstack {self!r}: the {blocks} blocks of a matrix are not a multiple of "
+                f"{spec.nested_blocksize}, so matrices share nested scales"
             )
         matrix = QuantSpec.of(
             (rows, columns), spec.dtype, spec.quant_type, spec.blocksize, spec.nested
         )
-        lead = (*state.lead, *joint) if not spec.in_rows else state.lead
         packed = self.packed.reshape(*lead, *matrix.packed_shape)
         absmax = state.absmax.reshape(*lead, *matrix.absmax_shape)
         if state.nested_absmax is None or state.offset is None:
             return Params4bit(packed, QuantState(absmax, None, None, matrix))
         nested_absmax = state.nested_absmax.reshape(*lead, -1)
-        ones = (1,) * (len(lead) - stacked)
-        offset = jnp.broadcast_to(state.offset.reshape(*state.offset.shape, *ones), lead)
+        offset = state.offset.reshape(*state.offset.shape, *(1,) * (len(lead) - stacked))
+        offset = jnp.broadcast_to(offset, lead)
         return Params4bit(packed, QuantState(absmax, nested_absmax, offset, matrix))
 
     def state_dict(self, prefix: str = "weight") -> dict[str, np.ndarray]:

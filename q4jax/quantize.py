@@ -30,8 +30,8 @@ def quantize_4bit(
       compress_statistics: double quantization: the scales become 8-bit codes, with one float32
         for each 256 of them and one offset.
       quant_type: "nf4" (codebook for normally distributed weights) or "fp4" (1-2-1 float).
-      check_finite: raise where a concrete `w` holds NaN or inf. Unchecked, and under a trace, a
-        block that holds NaN decodes to NaN, and so does inf.
+      check_finite: raise where a concrete `w` holds NaN or inf. Unchecked, and under a trace, the
+        scale of a block that holds one is NaN or inf, and the block decodes accordingly.
       implementation: None (best for the platform) or a name; see `matmul_4bit`.
 
     Returns:

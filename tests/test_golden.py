@@ -1,5 +1,6 @@
 """Everything that bitsandbytes computed, again: bit for bit, but where a difference is stated."""
 
+import functools
 import hashlib
 
 import jax
@@ -18,6 +19,12 @@ LAYERS = sorted(MANIFEST["linear4bit"])
 
 def sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+# One compilation for all blocksizes takes half the time of one for each.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def quantize(w, blocksizes, nested, quant_type):
+    return {b: Params4bit.quantize(w, b, nested, quant_type) for b in blocksizes}
 
 
 @jax.jit
@@ -40,10 +47,7 @@ def cases(name, quant_type):
 @pytest.mark.parametrize("name", QUANT)
 def test_plain(name, quant_type):
     w, expected = cases(name, quant_type)
-    # One compilation for all blocksizes takes half the time of one for each.
-    found = jax.jit(lambda w: {b: Params4bit.quantize(w, b, False, quant_type) for b in expected})(
-        w
-    )
+    found = quantize(w, tuple(expected), False, quant_type)
     dense = dequantize(found)
     for b, e in expected.items():
         packed, absmax = np.asarray(found[b].packed), np.asarray(found[b].quant_state.absmax)
@@ -60,7 +64,7 @@ def test_plain(name, quant_type):
 def test_double_quantization(name, quant_type):
     """Codes by the exact rule, given the offset; bitsandbytes' table is one off now and then."""
     w, expected = cases(name, quant_type)
-    found = jax.jit(lambda w: {b: Params4bit.quantize(w, b, True, quant_type) for b in expected})(w)
+    found = quantize(w, tuple(expected), True, quant_type)
     differ = total = 0
     for b, e in expected.items():
         state = found[b].quant_state
@@ -94,7 +98,7 @@ def test_decoding_of_double_quantization(name, quant_type):
         if "packed" in e:
             packed = jnp.asarray(e["packed"].reshape(*lead, *spec.packed_shape))
         else:
-            packed = Params4bit.quantize(w, b, False, quant_type).packed
+            packed = quantize(w, tuple(expected), False, quant_type)[b].packed
         offset = jnp.asarray(e["nest_offset"]).reshape(())
         state = QuantState(codes, jnp.asarray(e["nest_absmax"]), offset, spec)
         weights[b] = Params4bit(packed, state)
@@ -129,10 +133,10 @@ def test_special_values(dtype, quant_type):
     inputs = {name: jnp.asarray(decode(file[f"{name}/input"], dtype)) for name in names}
 
     @jax.jit
-    def quantize(inputs):
+    def quantize_all(inputs):
         return {n: Params4bit.quantize(w, 64, False, quant_type) for n, w in inputs.items()}
 
-    found = quantize(inputs)
+    found = quantize_all(inputs)
     dense = dequantize(found)
     for name in names:
         expected = under(f"{name}/{quant_type}/", file)
@@ -192,7 +196,7 @@ IO = [name for name in LAYERS if name in MANIFEST["linear4bit_io"]]
 
 @pytest.mark.parametrize("name", IO)
 def test_layer_weights(name):
-    weight, state_dict = load(name)
+    weight, _ = load(name)
     io, info = tensors(f"{name}.io"), MANIFEST["linear4bit"][name]
     assert oracle.same_bits(weight.dequantize(), io["w_dequant"])
     w = jnp.asarray(io["w_orig"])
@@ -201,8 +205,9 @@ def test_layer_weights(name):
     assert again.quant_state.spec == weight.quant_state.spec
 
 
-# float32: sums of 128 products in another order. bfloat16: one rounding of the result.
-ERROR = {"f32": 1e-6, "bf16": 2**-8}
+# float32: sums of 128 products in another order. bfloat16: one unit in the last place, since two
+# roundings of such sums may be neighbours.
+ERROR = {"f32": 1e-6, "bf16": 2**-7}
 
 
 def close(found, expected, tolerance):
@@ -226,10 +231,9 @@ def test_layer_forward_and_backward(name, compute, x_name):
     close(y, io["y"], ERROR[compute])
     # bitsandbytes' backward rounds the weight to its own dtype first.
     same_dtype = weight.quant_state.dtype == x.dtype
-    close(dx, io["dx"], ERROR[compute] if same_dtype else 4e-3)
+    close(dx, io["dx"], ERROR[compute] if same_dtype else max(ERROR[compute], 4e-3))
     if bias is not None:
-        # torch adds bfloat16 rows up with more than one rounding; float32 here.
-        close(dbias, io["dbias"], 2 * ERROR[compute])
+        close(dbias, io["dbias"], ERROR[compute])
 
 
 @pytest.mark.parametrize("name", sorted(MANIFEST["embedding"]))

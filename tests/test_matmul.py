@@ -29,8 +29,8 @@ def f64(array):
 def assert_product(found, a, b, extra=0.0):
     """`a @ b.T + extra`, as a sum of K products in float32 and one rounding allow.
 
-    A float32 sum of K exact products in any order is off by at most K eps sum |a||b|, with float32's
-    eps 2^-24; rounding it adds half a unit in the last place of the result's dtype (plus, for
+    A float32 sum of K exact products in any order is off by at most K eps sum |a||b|, with eps
+    2^-24; rounding it adds half a unit in the last place of the result's dtype (plus, for
     float16, half its smallest subnormal number).
     """
     exact = f64(a) @ f64(b).T + f64(extra)
@@ -184,8 +184,11 @@ def backward(x, g, weight):
 @pytest.mark.parametrize("f", [forward, backward])
 def test_the_weight_is_never_in_memory(f, n, k, dtype, m):
     compiled = jax.jit(f).lower(*abstract(n, k, dtype, m)).compile()
-    dense = n * k * jnp.dtype(dtype).itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * dense
+    itemsize = jnp.dtype(dtype).itemsize
+    # For bfloat16, XLA's CPU backend copies the operand and the result once, as 16-bit integers:
+    # these are not of the weight's size, and weigh only where M is large.
+    copies = m * (n + k) * itemsize if dtype == "bfloat16" else 0
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * n * k * itemsize + copies
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

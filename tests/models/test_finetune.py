@@ -146,6 +146,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(inputs, tmp_path):
     [
         (["--resume"], "holds no run"),
         (["--length", "5000"], "has 4050 tokens"),
+        (["--model", "nowhere"], r"no .*nowhere/tokenizer\.json"),
     ],
 )
 def test_bad_options_are_named(inputs, tmp_path, options, message):
