@@ -92,12 +92,13 @@ def add_lora(
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
 
     Example:
-      >>> import jax.numpy as jnp, q4jax
+      >>> import jax, jax.numpy as jnp, q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0))))
       >>> model = q4jax.add_lora(model, rank=8, alpha=16)
-      >>> grads = nnx.grad(lambda m: m(jnp.ones((1, 64))).sum(), nnx.DiffState(0, nnx.LoRAParam))
-      >>> [leaf.shape for leaf in jax.tree.leaves(grads(model))]
+      >>> adapters = nnx.DiffState(0, nnx.LoRAParam)
+      >>> grads = nnx.grad(lambda m: m(jnp.ones((1, 64))).sum(), argnums=adapters)(model)
+      >>> [leaf.shape for leaf in jax.tree.leaves(grads)]
       [(64, 8), (8, 32)]
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
