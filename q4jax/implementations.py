@@ -1,6 +1,6 @@
 """The names a caller may give as `implementation`, and how a call reaches the code behind one.
 
-An implementation is a module with four functions on arrays:
+An implementation is a module or an object with four functions on arrays:
 
     quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in any shape
     dequantize(arrays, *, spec, dtype) -> w      in the weight's full shape
@@ -18,7 +18,11 @@ from jax import lax
 
 Implementation = Literal["xla", "pallas", "pallas_interpret", "triton", "native"]
 
-_MODULES = {"xla": "q4jax.plain"}
+_SOURCES = {
+    "xla": ("q4jax.plain", ""),
+    "pallas": ("q4jax.pallas", "compiled"),
+    "pallas_interpret": ("q4jax.pallas", "interpreted"),
+}
 _PREFERRED: dict[str, tuple[str, ...]] = {}
 """platform -> what None tries there, in this order, before "xla"."""
 
@@ -35,10 +39,10 @@ def resolve(implementation: str | None) -> str | None:
     if implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
-    if implementation not in _MODULES:
+    if implementation not in _SOURCES:
         raise NotImplementedError(
             f"implementation={implementation!r} is not part of this version; "
-            f"it has {', '.join(map(repr, _MODULES))}"
+            f"it has {', '.join(map(repr, _SOURCES))}"
         )
     return implementation
 
@@ -72,4 +76,6 @@ def call(implementation: str | None, operation: str, *args: Any, **static: Any) 
 
 
 def _operation(name: str, operation: str) -> Any:
-    return getattr(importlib.import_module(_MODULES[name]), operation)
+    module, attribute = _SOURCES[name]
+    source = importlib.import_module(module)
+    return getattr(getattr(source, attribute) if attribute else source, operation)
