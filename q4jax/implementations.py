@@ -22,8 +22,9 @@ _SOURCES = {
     "xla": ("q4jax.plain", ""),
     "pallas": ("q4jax.pallas", "compiled"),
     "pallas_interpret": ("q4jax.pallas", "interpreted"),
+    "pallas_where_verified": ("q4jax.pallas", "where_verified"),  # not a caller's name
 }
-_PREFERRED: dict[str, tuple[str, ...]] = {}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("pallas_where_verified",)}
 """platform -> what None tries there, in this order, before "xla"."""
 
 
@@ -36,13 +37,14 @@ def resolve(implementation: str | None) -> str | None:
     """
     if implementation is None:
         return None
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(map(repr, get_args(Implementation)))
+    names = get_args(Implementation)
+    if implementation not in names:
+        allowed = ", ".join(map(repr, names))
         raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
     if implementation not in _SOURCES:
         raise NotImplementedError(
             f"implementation={implementation!r} is not part of this version; "
-            f"it has {', '.join(map(repr, _SOURCES))}"
+            f"it has {', '.join(repr(name) for name in names if name in _SOURCES)}"
         )
     return implementation
 
