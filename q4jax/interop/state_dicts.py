@@ -1,5 +1,6 @@
 """bitsandbytes' state dicts: which tensors are one 4-bit weight, and that weight from them."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -127,23 +128,44 @@ def read_weight(
       ValueError: a statistic is missing, or not what bitsandbytes writes; a table is not the
         standard one; codes and statistics do not fit.
     """
-    name = group.name
+    name, state = group.name, read_state(group, tensors)
+    data = tensors[name]
+    check_codes(name, Layout.of(data), state)
+    codes = data.reshape(-1).view(np.uint8).reshape(*state.lead, *state.spec.packed_shape)
+    return Params4bit(
+        place(f"{name}.packed", codes, placement),
+        QuantState(
+            place(f"{name}.absmax", state.absmax, placement),
+            _place(f"{name}.nested_absmax", state.nested_absmax, placement),
+            _place(f"{name}.offset", state.offset, placement),
+            state.spec,
+        ),
+    )
+
+
+def read_state(group: Group, tensors: Mapping[str, np.ndarray]) -> QuantState:
+    """The statistics of one weight; errors as `read_weight`."""
     try:
         statistics = {part: tensors[key] for part, key in group.statistics.items()}
         _check_json(statistics)
         _check_vectors(statistics)
-        state = QuantState.from_dict(statistics)
-        return Params4bit(
-            place(f"{name}.packed", _codes(tensors[name], state), placement),
-            QuantState(
-                place(f"{name}.absmax", state.absmax, placement),
-                _place(f"{name}.nested_absmax", state.nested_absmax, placement),
-                _place(f"{name}.offset", state.offset, placement),
-                state.spec,
-            ),
-        )
+        return QuantState.from_dict(statistics)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{group.name}: {error}") from None
+
+
+def check_codes(name: str, layout: Layout | Entry, state: QuantState) -> None:
+    """ValueError unless codes are in a container `[n, 1]` of as many bytes as the state asks."""
+    if layout.dtype not in _READABLE or len(layout.shape) != 2 or layout.shape[1] != 1:
+        raise ValueError(
+            f"{name}: codes must be [n, 1] of {', '.join(d.name for d in _READABLE)}, got "
+            f"{layout.dtype}{list(layout.shape)}"
+        )
+    expected = math.prod((*state.lead, *state.spec.packed_shape))
+    if layout.nbytes != expected:
+        raise ValueError(
+            f"{name}: codes must be {expected} bytes for {state.spec.tag()}, got {layout.nbytes}"
+        )
 
 
 def read_spec(group: Group, tensors: Mapping[str, np.ndarray]) -> tuple[QuantSpec, tuple[int, ...]]:
@@ -192,21 +214,6 @@ def _check_vectors(statistics: Mapping[str, np.ndarray]) -> None:
         array = statistics.get(part)
         if array is not None and array.ndim != 1:
             raise ValueError(f"{part} must have one axis, got {array.dtype}{list(array.shape)}")
-
-
-def _codes(data: np.ndarray, state: QuantState) -> np.ndarray:
-    """uint8 codes in memory's shape, of a container `[n, 1]`."""
-    if data.dtype not in _READABLE or data.ndim != 2 or data.shape[1] != 1:
-        raise ValueError(
-            f"codes must be [n, 1] of {', '.join(d.name for d in _READABLE)}, got "
-            f"{data.dtype}{list(data.shape)}"
-        )
-    codes = data.reshape(-1).view(np.uint8)
-    shape = (*state.lead, *state.spec.packed_shape)
-    expected = int(np.prod(shape, dtype=object))
-    if codes.size != expected:
-        raise ValueError(f"codes must be {expected} bytes for {state.spec.tag()}, got {codes.size}")
-    return codes.reshape(shape)
 
 
 def _place(name: str, array: Any, placement: Placement | None) -> Any:

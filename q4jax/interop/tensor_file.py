@@ -104,13 +104,21 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         array = aligned_empty(entry.shape, entry.dtype)
-        if entry.nbytes:
-            with open(self.path, "rb", buffering=0) as file:
-                if _identity(file.fileno()) != self._identity:
-                    raise ValueError(f"{self.path} was changed while it was read")
-                file.seek(entry.start)
-                _read_into(file, array.reshape(-1).view(np.uint8), self.path)
+        self.read_into(name, array)
         return array
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads the bytes of a tensor into `out`, contiguous and as large."""
+        entry = self.entries[name]
+        if out.nbytes != entry.nbytes or not out.flags.c_contiguous:
+            raise ValueError(f"{name} takes {entry.nbytes} contiguous bytes, out has {out.nbytes}")
+        if not entry.nbytes:
+            return
+        with open(self.path, "rb", buffering=0) as file:
+            if _identity(file.fileno()) != self._identity:
+                raise ValueError(f"{self.path} was changed while it was read")
+            file.seek(entry.start)
+            _read_into(file, out.reshape(-1).view(np.uint8), self.path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

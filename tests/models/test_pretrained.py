@@ -181,5 +181,5 @@ def test_quantization_while_loading(config, tmp_path, input_ids, forward, relati
 
     edit(tmp_path, lambda t: t[UP].__setitem__((3, 5), np.nan))
     from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{UP} has NaN"):
+    with pytest.raises(ValueError, match=f"{UP}: w holds NaN"):
         from_pretrained(tmp_path, quantization=q4jax.QuantConfig())
