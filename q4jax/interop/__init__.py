@@ -4,6 +4,6 @@ What is read may be hostile: every length, offset, name and number in a file is 
 anything is allocated for it, and a file is taken whole or refused with a one-line error.
 """
 
-from q4jax.interop import bitsandbytes, huggingface
+from q4jax.interop import bitsandbytes, huggingface, peft
 
-__all__ = ["bitsandbytes", "huggingface"]
+__all__ = ["bitsandbytes", "huggingface", "peft"]
