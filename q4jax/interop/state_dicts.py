@@ -13,11 +13,11 @@ from q4jax.interop.placement import Placement, place
 from q4jax.interop.tensor_file import Entry, parse_json
 from q4jax.interop.tensor_writer import Layout
 from q4jax.params import Params4bit
-from q4jax.spec import QuantSpec
+from q4jax.spec import FLOAT_DTYPES, QuantSpec
 from q4jax.state import QuantState
 
 _ARRAYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_STATE = re.compile(r"(?s)(.+)\.(quant_state\.bitsandbytes__(.*))")
+_STATE = re.compile(r"(?s)(?:(.*)\.)?(quant_state\.bitsandbytes__(.*))")
 # No weight without a quant_state has one of these; a tensor of another kind may be named "absmax".
 _ORPHANS = tuple(f".{name}" for name in _ARRAYS if name != "absmax")
 # The JSON of a weight of six axes takes 250 bytes.
@@ -66,6 +66,8 @@ def sort_names(layouts: Mapping[str, Layout | Entry]) -> Contents:
         if match is None:
             continue
         name, state, quant_type = match.groups()
+        if not name:
+            raise ValueError(f"{key!r} has no weight before it")
         if quant_type not in QUANT_TYPES:
             raise ValueError(f"{key}: quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
         if name in groups:
@@ -178,8 +180,8 @@ def read_spec(group: Group, tensors: Mapping[str, np.ndarray]) -> tuple[QuantSpe
         key = next(key for part, key in group.statistics.items() if part.startswith("quant_state"))
         scalars = _check_json({"quant_state": tensors[key]})
         shape, nested = tuple(scalars["shape"]), "nested_absmax" in group.statistics
-        dtype, blocksize = str(scalars.get("dtype")), scalars.get("blocksize", 0)
-        spec = QuantSpec.of(shape, dtype, str(scalars.get("quant_type")), blocksize, nested)
+        quant_type, dtype = scalars.get("quant_type", ""), scalars.get("dtype", "")
+        spec = QuantSpec.of(shape, dtype, quant_type, scalars.get("blocksize", 0), nested)
         return spec, shape[: len(shape) - len(spec.shape)]
     except ValueError as error:
         raise ValueError(f"{group.name}: {error}") from None
@@ -200,6 +202,12 @@ def _check_json(statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
         raise ValueError(f"shape must be a list of up to {_MAX_AXES} integers, got {shape!r}")
     if not all(type(n) is int and 0 < n <= _LARGEST for n in shape):
         raise ValueError(f"shape must hold positive integers, got {shape!r}")
+    for key in ("quant_type", "dtype"):
+        if not isinstance(scalars.get(key, ""), str):
+            raise ValueError(f"{key} must be a text, got {scalars[key]!r}")
+    if scalars.get("dtype") not in (*(dtype.name for dtype in FLOAT_DTYPES), None):
+        # Before numpy, which knows float32 by other names too.
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {scalars['dtype']}")
     return scalars
 
 

@@ -68,6 +68,8 @@ def from_pretrained(
         raise ValueError(f"{path} is quantized already; quantization must be None")
     config = LlamaConfig.from_hf(checkpoint.config)
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if not isinstance(stored, str | None):
+        raise ValueError(f"dtype of config.json must be a text, got {stored!r}")
     written = None if checkpoint.quantization is None else checkpoint.quantization.dtype
     dtype = next((choice for choice in (dtype, written, stored) if choice is not None), None)
     with Progress("load", checkpoint.nbytes, progress) as bar:
