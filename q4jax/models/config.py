@@ -61,7 +61,9 @@ class RopeScaling:
             raise ValueError(f"rope_type {kind!r} needs {missing}, got {dict(rope)}")
         if kind == "default":
             return None
-        checks = {f.name: _size if f.type is int else _number for f in dataclasses.fields(cls)}
+        checks: dict[str, Any] = {
+            f.name: _size if f.type is int else _number for f in dataclasses.fields(cls)
+        }
         return cls(kind, **{name: checks[name](name, rope[name]) for name in needed[kind]})
 
 
