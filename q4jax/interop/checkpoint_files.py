@@ -28,6 +28,7 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
       config: the content of `config.json`.
       quantization: how the directory says it is quantized; None: it is in full precision.
       specs: description of each 4-bit weight.
+      leads: its leading axes.
 
     Raises:
       FileNotFoundError: `config.json`, or a file with tensors, is not there.
@@ -46,9 +47,9 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
         report_extra(contents.extra, strict)
         self._groups = contents.weights
         self._names = dict.fromkeys([*contents.weights, *contents.others])
-        self.specs: dict[str, QuantSpec] = {
-            name: read_spec(group, self.tensors)[0] for name, group in contents.weights.items()
-        }
+        found = {name: read_spec(group, self.tensors) for name, group in contents.weights.items()}
+        self.specs: dict[str, QuantSpec] = {name: spec for name, (spec, _) in found.items()}
+        self.leads: dict[str, tuple[int, ...]] = {name: lead for name, (_, lead) in found.items()}
         self._compare(folder / CONFIG)
 
     def _compare(self, where: Path) -> None:
