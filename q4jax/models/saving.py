@@ -55,11 +55,24 @@ def save_pretrained(
             parts = value if is_stacked(at) else value[None]
             for name, part in zip(tensor_names((*at, leaf), layers), parts, strict=True):
                 tree[name] = part.T if is_transposed((*at, leaf)) else part
-    config = model.config.to_hf() | {"dtype": str(tree["model.embed_tokens.weight"].dtype)}
+    stored = np.dtype(tree["model.embed_tokens.weight"].dtype)
+    for name, leaf in tree.items():
+        if name.endswith("norm.weight"):
+            tree[name] = _scale(leaf, stored)
+    config = model.config.to_hf() | {"dtype": stored.name}
     compute = model.embed_tokens.dtype
     if compute is not None:
         config["quantization_config"] = {"bnb_4bit_compute_dtype": np.dtype(compute).name}
     save_directory(tree, path, config, quant_storage, max_shard_bytes=max_shard_bytes)
+
+
+def _scale(scale: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
+    """A norm scale, float32 in the model, in the dtype of the weights, if that holds its values.
+
+    transformers computes in the dtype of a scale and expects one dtype throughout.
+    """
+    cast = scale.astype(stored)
+    return cast if np.array_equal(cast.astype(np.float32), scale) else scale
 
 
 def _layers(weight: Params4bit, stacked: bool) -> list[Params4bit]:
