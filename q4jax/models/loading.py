@@ -22,6 +22,8 @@ from q4jax.models.stacks import WeightStack
 from q4jax.params import Params4bit
 from q4jax.spec import FLOAT_DTYPES
 
+_STRIP = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
@@ -133,14 +135,25 @@ class Loader:
                 raise ValueError(
                     f"{name} is {tensor.dtype}, but the same weight of layer 0 is {stored}"
                 )
-            part = tensor.T if is_transposed(path) else tensor
-            (value[index] if is_stacked(path) else value)[...] = part
+            out = value[index] if is_stacked(path) else value
+            if is_transposed(path):
+                _copy_transposed(tensor, out)
+            else:
+                out[...] = tensor
             self._count(name)
         return value
 
     def _count(self, name: str) -> None:
         if isinstance(self.tensors, Checkpoint):
             self.bar.add(self.tensors.bytes_of(name))
+
+
+def _copy_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
+    """`out[...] = tensor.T`, by strips that stay in the cache."""
+    bits = f"u{tensor.itemsize}"
+    tensor, out = tensor.view(bits), out.view(bits)
+    for start in range(0, len(tensor), _STRIP):
+        out[:, start : start + _STRIP] = tensor[start : start + _STRIP].T
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
