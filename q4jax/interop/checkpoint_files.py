@@ -87,13 +87,13 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
         return self.tensors[name] if group is None else read_weight(group, self.tensors, sharding)
 
     def read_state(self, name: str) -> QuantState:
-        """The statistics of a 4-bit weight whose codes `read_codes` will give."""
+        """The statistics of a 4-bit weight whose codes `read_into` will give."""
         state = read_state(self._groups[name], self.tensors)
         check_codes(name, self.tensors.layouts[name], state)
         return state
 
-    def read_codes(self, name: str, out: np.ndarray) -> None:
-        """The codes of a 4-bit weight into uint8 memory."""
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """The bytes of a tensor, or the codes of a 4-bit weight, into memory of that size."""
         self.tensors.read_into(name, out)
 
     def __iter__(self) -> Iterator[str]:

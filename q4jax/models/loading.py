@@ -104,7 +104,7 @@ class Loader:
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
                 state = self.tensors.read_state(name)
                 _check_shape(name, state.shape, wanted)
-                self.tensors.read_codes(name, stack.add(name, state))
+                self.tensors.read_into(name, stack.add(name, state))
             elif self.quantization is None:
                 raise ValueError(f"{name} is not 4-bit, but the same weight of another layer is")
             else:
@@ -122,7 +122,7 @@ class Loader:
         for index, name in enumerate(names):
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
                 raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
-            tensor = self.tensors[name]
+            tensor = self._layout(name)
             if tensor.dtype not in FLOAT_DTYPES:
                 allowed = ", ".join(dtype.name for dtype in FLOAT_DTYPES)
                 raise ValueError(f"{name} is {tensor.dtype}; allowed are {allowed}")
@@ -137,11 +137,24 @@ class Loader:
                 )
             out = value[index] if is_stacked(path) else value
             if is_transposed(path):
-                _copy_transposed(tensor, out)
+                _copy_transposed(self._array(name, tensor), out)
+            elif isinstance(self.tensors, Checkpoint) and out.dtype == stored:
+                self.tensors.read_into(name, out)
             else:
-                out[...] = tensor
+                out[...] = self._array(name, tensor)
             self._count(name)
         return value
+
+    def _layout(self, name: str) -> Any:
+        """What has the dtype and the shape of a tensor: of a `Checkpoint`, without reading it."""
+        if isinstance(self.tensors, Checkpoint):
+            return self.tensors.tensors.layouts[name]
+        return self.tensors[name]
+
+    def _array(self, name: str, layout: Any) -> np.ndarray:
+        """The tensor itself, which a mapping that is no `Checkpoint` was asked for already."""
+        found: Any = self.tensors[name] if isinstance(self.tensors, Checkpoint) else layout
+        return np.asarray(found)
 
     def _count(self, name: str) -> None:
         if isinstance(self.tensors, Checkpoint):
