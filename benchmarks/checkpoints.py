@@ -102,26 +102,28 @@ def job_quantize(full, quantized):
     return result
 
 
-def job_numpy(path):
-    """Reads a file with numpy."""
-    start = time.perf_counter()
-    data = np.fromfile(path, np.uint8)
-    return {"seconds": time.perf_counter() - start, "bytes": data.nbytes}
-
-
-def job_load(how, path):
-    """Loads a 4-bit directory, as tensors by name or as a model."""
+def job_load(path):
+    """Reads with numpy, and loads as tensors by name and as a model, in turns: first and median."""
     import jax
 
     from q4jax.interop import huggingface
     from q4jax.models import from_pretrained
 
-    jax.device_put(np.zeros(1)).block_until_ready()
-    load = {"tensors": huggingface.load_directory, "model": from_pretrained}[how]
-    start = time.perf_counter()
-    loaded = load(path, progress=False)
-    jax.block_until_ready([a for a in jax.tree.leaves(loaded) if isinstance(a, jax.Array)])
-    return {"seconds": time.perf_counter() - start}
+    file = Path(path) / "model.safetensors"
+    takes = {
+        "numpy": lambda: np.fromfile(file, np.uint8),
+        "tensors": lambda: huggingface.load_directory(path, progress=False),
+        "model": lambda: from_pretrained(path, progress=False),
+    }
+    times = {name: [] for name in takes}
+    for _ in range(7):
+        for name, take in takes.items():
+            start = time.perf_counter()
+            loaded = take()
+            jax.block_until_ready([a for a in jax.tree.leaves(loaded) if isinstance(a, jax.Array)])
+            times[name].append(time.perf_counter() - start)
+            del loaded
+    return {name: [t[0], statistics.median(t[1:])] for name, t in times.items()}
 
 
 def job_convert(size):
@@ -179,23 +181,15 @@ def measure(folder, layers):
         f"{(made['peak'] - made['model']) / largest:.2f} x the largest tensor (limit 3)"
     )
     file = quantized / "model.safetensors"
-    names = {
-        "numpy": ("numpy", file),
-        "tensors": ("load", "tensors", quantized),
-        "model": ("load", "model", quantized),
-    }
-    times = {name: [] for name in names}
-    for _ in range(5):
-        for name, arguments in names.items():
-            times[name].append(job(*arguments)["seconds"])
-    loads = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        f"4-bit directory: {file.stat().st_size / 1e6:.0f} MB; "
-        f"numpy reads it in {loads['numpy']:.2f} s"
-    )
+    loads = job("load", quantized)
+    seconds = loads["numpy"][1]
+    print(f"4-bit directory: {file.stat().st_size / 1e6:.0f} MB; numpy reads it in {seconds:.2f} s")
     for name in ("tensors", "model"):
-        ratio = loads["numpy"] / loads[name]
-        print(f"loaded as {name} in {loads[name]:.2f} s: {ratio:.2f} of numpy's speed (limit 0.5)")
+        first, median = loads[name]
+        print(
+            f"loaded as {name} in {median:.2f} s ({first:.2f} s the first time): "
+            f"{seconds / median:.2f} of numpy's speed (limit 0.5)"
+        )
     convert = job("convert", 4096)
     line = f"quantize 4096 x 4096 float32: {convert['q4jax'] * 1e3:.0f} ms"
     if "bitsandbytes" in convert:

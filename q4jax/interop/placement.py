@@ -24,6 +24,8 @@ def place(name: str, array: np.ndarray | jax.Array, placement: Placement | None)
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
+    if placement is None and isinstance(array, jax.Array):
+        return array
     if placement is None or isinstance(placement, Sharding):
         return jax.device_put(array, placement)
     if isinstance(placement, Mapping):

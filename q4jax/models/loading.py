@@ -9,7 +9,6 @@ from flax import nnx
 
 from q4jax.config import QuantConfig
 from q4jax.convert import replace_modules
-from q4jax.frozen import freeze
 from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.huggingface import quantize_tensor
 from q4jax.interop.placement import Placement, place
@@ -19,7 +18,6 @@ from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
 from q4jax.models.names import LEAVES, VariablePath, is_stacked, is_transposed, tensor_names
 from q4jax.models.stacks import WeightStack
-from q4jax.params import Params4bit
 from q4jax.spec import FLOAT_DTYPES
 
 _STRIP = 64
@@ -71,31 +69,13 @@ class Loader:
             names = tensor_names((*place_of, "kernel"), layers)
             wanted = (module.out_features, module.in_features)
             weight = self._weight(names, wanted, is_stacked(place_of))
-            return self._linear(module, weight.finish(f"{path}.weight", self.sharding))
+            layer = Linear4bit.from_weight(
+                weight.finish(f"{path}.weight", self.sharding), dtype=self.dtype
+            )
+            layer.use_bias, layer.bias = module.use_bias, module.bias
+            return layer
 
         return replace_modules(model, replace)
-
-    def _linear(self, linear: nnx.Linear, weight: Params4bit) -> Linear4bit:
-        """A 4-bit layer in the place of another, whose bias it keeps."""
-        spec = weight.quant_state.spec
-        settings: Any = {"quant_type": spec.quant_type, "compress_statistics": spec.nested}
-
-        def make() -> Linear4bit:
-            return Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=spec.dtype,
-                blocksize=spec.blocksize,
-                rngs=nnx.Rngs(0),
-                **settings,
-            )
-
-        layer: Linear4bit = nnx.eval_shape(make)
-        layer.weight = freeze(weight)
-        layer.use_bias, layer.bias = linear.use_bias, linear.bias
-        return layer
 
     def _weight(self, names: list[str], wanted: tuple[int, int], stacked: bool) -> WeightStack:
         """The 4-bit weight of one module: read, or quantized, layer by layer."""
