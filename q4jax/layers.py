@@ -150,18 +150,9 @@ class Linear4bit(_Quantized):
         if len(spec.shape) != 2:
             raise ValueError(f"weight must be a matrix or a stack of them, got {weight!r}")
         settings: dict[str, Any] = {"quant_type": spec.quant_type} if cls is Linear4bit else {}
-        layer = cls(
-            spec.shape[1],
-            spec.shape[0],
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=spec.dtype,
-            blocksize=spec.blocksize,
-            compress_statistics=spec.nested,
-            kernel_init=lambda *_: weight,
-            rngs=nnx.Rngs(0),
-            **settings,
-        )
+        settings |= {"param_dtype": spec.dtype, "blocksize": spec.blocksize, "use_bias": False}
+        settings |= {"compress_statistics": spec.nested, "kernel_init": lambda *_: weight}
+        layer = cls(spec.shape[1], spec.shape[0], dtype=dtype, rngs=nnx.Rngs(0), **settings)
         if layer.quant_type != spec.quant_type:
             raise ValueError(f"{cls.__name__} is {layer.quant_type}, the weight is {spec.tag()}")
         return layer
