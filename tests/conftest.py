@@ -14,6 +14,10 @@ settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples
 settings.load_profile("q4jax")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=50, help="how often test_kill.py kills a save")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261121)
