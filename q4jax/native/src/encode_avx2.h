@@ -11,7 +11,7 @@ class Avx2Encoder {
   Avx2Encoder(const float* t, const uint8_t* codes)
       : top_(_mm256_set1_ps(t[7])),
         second_{_mm256_set1_ps(t[3]), _mm256_set1_ps(t[11])},
-        third_(_mm256_setr_ps(t[1], t[5], t[9], t[13], 0, 0, 0, 0)),
+        third_(_mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13])),
         fourth_(_mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14])),
         codes_(_mm256_broadcastsi128_si256(
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)))) {}
@@ -56,7 +56,7 @@ class Avx2Encoder {
     const __m256 a = above(x, top_);
     const __m256 b = above(x, _mm256_blendv_ps(second_[0], second_[1], a));
     __m256i at = twice_minus(_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_castps_si256(a)), b);
-    at = twice_minus(at, above(x, _mm256_permutevar8x32_ps(third_, at)));
+    at = twice_minus(at, above(x, _mm256_permutevar_ps(third_, at)));
     return twice_minus(at, above(x, _mm256_permutevar8x32_ps(fourth_, at)));
   }
 

@@ -19,6 +19,7 @@ struct Avx2 {
   static Bytes load_bytes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V set1(float v) { return _mm256_set1_ps(v); }
@@ -78,9 +79,10 @@ class Avx2::Decoder {
     }
   }
 
-  // The scales of the chunks that follow, `count` to a chunk: 1, or 2 in blocks of 32.
-  void scale(const float* scales, int64_t count) {
-    scale_ = _mm256_set_m128(_mm_set1_ps(scales[count - 1]), _mm_set1_ps(scales[0]));
+  // The scale of the chunks that follow, or, in blocks of 32, the two of one chunk.
+  void scale(float scale) { scale_ = _mm256_set1_ps(scale); }
+  void scale(const float* scales, int64_t) {
+    scale_ = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
   }
 
   // Four vectors of a chunk: the weight, rounded to D.
@@ -119,16 +121,16 @@ class Avx2::Decoder<Dtype::kBfloat16> {
       : first_(_mm256_set_m128(_mm_loadu_ps(code + 8), _mm_loadu_ps(code))),
         second_(_mm256_set_m128(_mm_loadu_ps(code + 12), _mm_loadu_ps(code + 4))) {}
 
-  void scale(const float* scales, int64_t count) {
-    const __m256i table = bytes(_mm256_set1_ps(scales[0]));
-    if (count == 1) {
-      low_ = _mm256_permute4x64_epi64(table, 0x88);   // [0, 2, 0, 2]
-      high_ = _mm256_permute4x64_epi64(table, 0xdd);  // [1, 3, 1, 3]
-      return;
-    }
-    const __m256i other = bytes(_mm256_set1_ps(scales[1]));
-    low_ = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(table, other), 0xd8);
-    high_ = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(table, other), 0xd8);
+  void scale(float scale) {
+    const __m256i table = bytes(_mm256_set1_ps(scale));
+    low_ = _mm256_permute4x64_epi64(table, 0x88);   // [0, 2, 0, 2]
+    high_ = _mm256_permute4x64_epi64(table, 0xdd);  // [1, 3, 1, 3]
+  }
+  void scale(const float* scales, int64_t) {
+    const __m256i first = bytes(_mm256_set1_ps(scales[0]));
+    const __m256i second = bytes(_mm256_set1_ps(scales[1]));
+    low_ = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(first, second), 0xd8);
+    high_ = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(first, second), 0xd8);
   }
 
   template <int Half>

@@ -22,6 +22,7 @@ struct Portable {
     std::memcpy(bytes.byte, p, 32);
     return bytes;
   }
+  static void prefetch(const void*) {}
   static V set1(float value) {
     V v;
     for (float& lane : v.lane) lane = value;
@@ -61,9 +62,10 @@ struct Portable {
    public:
     explicit Decoder(const float* code) : code_(code) {}
 
-    void scale(const float* scales, int64_t count) {
+    void scale(float scale) { scale_[0] = scale_[1] = scale; }
+    void scale(const float* scales, int64_t) {
       scale_[0] = scales[0];
-      scale_[1] = scales[count - 1];
+      scale_[1] = scales[1];
     }
 
     template <int Half>

@@ -35,7 +35,7 @@ class Linear {
  private:
   using V = typename I::V;
   using Decoder = typename I::template Decoder<D>;
-  static constexpr int kMostDots = 16, kPass = 8;
+  static constexpr int kMostDots = 11, kPass = 8;
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
   static constexpr int64_t kCached = 20 * 1024;    // bytes of x that stay in the first cache
   static constexpr int64_t kDepth = Tile<I>::kDepth;
@@ -49,20 +49,24 @@ class Linear {
   // Sums per row of x, so that consecutive additions do not wait for each other.
   static constexpr int sums(int m) { return m <= 2 ? 4 : m <= 5 ? 2 : 1; }
 
+  // x is laid out as [pass][chunk][row of the pass][kChunk], in the order of decoded chunks.
   static void dots(const Product& p, Pool& pool) {
     const Weight& w = p.weight;
     const Chunks<I> chunks(w);
     const int64_t padded = chunks.count * I::kChunk;
+    const int64_t passes = ceil_div(p.m, kPass), rows = ceil_div(p.m, passes);
     const Scratch x(size_t(p.m * padded) * 4);
     OneThread serial;
     parallel(p.m * w.k < (1 << 15) ? serial : pool, p.m, [&](int64_t m) {
-      float* out = x.floats() + m * padded;
-      for (int64_t i = 0; i < padded; ++i) {
-        const int64_t k = i / I::kChunk * I::kChunk + I::element(int(i % I::kChunk));
-        out[i] = k < w.k ? read(D, p.x, m * w.k + k) : 0.0f;
+      const int64_t first = m / rows * rows, count = smaller(rows, p.m - first);
+      for (int64_t c = 0; c < chunks.count; ++c) {
+        float wide[I::kChunk];
+        load_chunk(p, m, c, wide);
+        float* out = x.floats() + first * padded + (c * count + m - first) * I::kChunk;
+        for (int i = 0; i < I::kChunk; ++i) out[i] = wide[I::element(i)];
       }
     });
-    const int64_t passes = ceil_div(p.m, kPass), rows = ceil_div(p.m, passes);
+    const Decoder decoder(w.code);
     parallel(pool, ceil_div(w.n, kGroup), [&](int64_t task) {
       const int64_t begin = task * kGroup, end = smaller(w.n, begin + kGroup);
       const Scratch scales(size_t(kGroup * chunks.scales()) * 4);
@@ -71,64 +75,79 @@ class Linear {
                       scales.floats() + (n - begin) * chunks.scales());
       }
       for (int64_t m = 0; m < p.m; m += rows) {
-        const float* xs = x.floats() + m * padded;
-        const int64_t count = smaller(rows, p.m - m);
-        some_dots<kPass>(count, p, chunks, begin, end, scales.floats(), m, xs);
+        const Dots d = {p, chunks, decoder, begin, end, scales.floats(), m,
+                        x.floats() + m * padded};
+        some_dots<kPass>(smaller(rows, p.m - m), d);
       }
     });
   }
 
-  // dots_of<count>, for 1 <= count <= M.
-  template <int M>
-  static void some_dots(int64_t count, const Product& p, const Chunks<I>& chunks, int64_t begin,
-                        int64_t end, const float* scales, int64_t m, const float* x) {
-    if (count == M) {
-      dots_of<M>(p, chunks, begin, end, scales, m, x);
-    } else if constexpr (M > 1) {
-      some_dots<M - 1>(count, p, chunks, begin, end, scales, m, x);
+  // Elements of a chunk of row m of x, zeros behind the last.
+  static void load_chunk(const Product& p, int64_t m, int64_t chunk, float* out) {
+    const int64_t k0 = chunk * I::kChunk, have = smaller(I::kChunk, p.weight.k - k0);
+    for (int64_t i = 0; i < I::kChunk; i += I::kLanes) {
+      I::store(out + i, i < have ? I::template widen<D>(p.x, m * p.weight.k + k0 + i) : I::zero());
     }
   }
 
-  // y[m : m + M, begin : end].
+  // What makes y[m : m + M, begin : end].
+  struct Dots {
+    const Product& p;
+    const Chunks<I>& chunks;
+    const Decoder& decoder;
+    int64_t begin, end;
+    const float* scales;
+    int64_t m;
+    const float* x;
+  };
+
+  // dots_of<count>, for 1 <= count <= M.
   template <int M>
-  static void dots_of(const Product& p, const Chunks<I>& chunks, int64_t begin, int64_t end,
-                      const float* scales, int64_t m0, const float* x) {
+  static void some_dots(int64_t count, const Dots& d) {
+    if (count == M) {
+      dots_of<M>(d);
+    } else if constexpr (M > 1) {
+      some_dots<M - 1>(count, d);
+    }
+  }
+
+  template <int M>
+  static void dots_of(const Dots& d) {
     constexpr int kSums = sums(M);
+    const Product& p = d.p;
     const Weight& w = p.weight;
-    const int64_t padded = chunks.count * I::kChunk;
     // Columns in parts, so that x is read from the first cache by all rows.
     const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);
     alignas(64) float partial[kGroup][M][kSums][I::kLanes];
-    Decoder decoder(w.code);
-    for (int64_t c0 = 0; c0 < chunks.count; c0 += part) {
-      const int64_t c1 = smaller(chunks.count, c0 + part);
-      for (int64_t n = begin; n < end; ++n) {
+    Decoder decoder = d.decoder;
+    for (int64_t c0 = 0; c0 < d.chunks.count; c0 += part) {
+      const int64_t c1 = smaller(d.chunks.count, c0 + part);
+      for (int64_t n = d.begin; n < d.end; ++n) {
         V sum[M][kSums];
         for (int m = 0; m < M; ++m) {
           for (int s = 0; s < kSums; ++s) {
-            sum[m][s] = c0 ? I::load(partial[n - begin][m][s]) : I::zero();
+            sum[m][s] = c0 ? I::load(partial[n - d.begin][m][s]) : I::zero();
           }
         }
-        const uint8_t* row = w.packed + n * (w.k / 2);
-        const float* row_scale =
-            scales + (n - begin) * chunks.scales() + chunks.first_scale(c0);
-        for_chunks(w, chunks, row, c0, c1, row_scale, decoder,
+        const float* scales =
+            d.scales + (n - d.begin) * d.chunks.scales() + d.chunks.first_scale(c0);
+        for_chunks(w, d.chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) __attribute__((always_inline)) {
-                     const float* at = x + c * I::kChunk;
-                     half_chunk<0>(decoder, bytes, at, padded, sum);
-                     half_chunk<1>(decoder, bytes, at + I::kChunk / 2, padded, sum);
+                     const float* x = d.x + c * M * I::kChunk;
+                     half_chunk<0>(decoder, bytes, x, sum);
+                     half_chunk<1>(decoder, bytes, x + I::kChunk / 2, sum);
                    });
         for (int m = 0; m < M; ++m) {
-          for (int s = 0; s < kSums; ++s) I::store(partial[n - begin][m][s], sum[m][s]);
+          for (int s = 0; s < kSums; ++s) I::store(partial[n - d.begin][m][s], sum[m][s]);
         }
       }
     }
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t n = d.begin; n < d.end; ++n) {
       const float extra = bias(p, n);
       for (int m = 0; m < M; ++m) {
-        V total = I::load(partial[n - begin][m][0]);
-        for (int s = 1; s < kSums; ++s) total = I::add(total, I::load(partial[n - begin][m][s]));
-        write(D, p.y, (m0 + m) * w.n + n, I::sum(total) + extra);
+        V total = I::load(partial[n - d.begin][m][0]);
+        for (int s = 1; s < kSums; ++s) total = I::add(total, I::load(partial[n - d.begin][m][s]));
+        write(D, p.y, (d.m + m) * w.n + n, I::sum(total) + extra);
       }
     }
   }
@@ -136,13 +155,13 @@ class Linear {
   template <int Half, int M, int S>
   __attribute__((always_inline)) static void half_chunk(const Decoder& decoder,
                                                         typename I::Bytes bytes, const float* x,
-                                                        int64_t padded, V (&sum)[M][S]) {
+                                                        V (&sum)[M][S]) {
     V weight[4];
     decoder.template decode<Half>(bytes, weight);
     for (int r = 0; r < 4; ++r) {
       for (int m = 0; m < M; ++m) {
         V& to = sum[m][r % S];
-        to = I::fma(weight[r], I::load(x + m * padded + r * I::kLanes), to);
+        to = I::fma(weight[r], I::load(x + m * I::kChunk + r * I::kLanes), to);
       }
     }
   }
@@ -169,15 +188,9 @@ class Linear {
   }
 
   static void pack_chunk(const Product& p, int64_t m0, int64_t rows, int64_t chunk, float* out) {
-    const int64_t k0 = chunk * I::kChunk, k = p.weight.k;
     for (int64_t m = 0; m < kWidth; ++m) {
       float wide[I::kChunk] = {};
-      if (m < rows) {
-        const int64_t have = smaller(I::kChunk, k - k0);
-        for (int64_t i = 0; i < have; i += I::kLanes) {
-          I::store(wide + i, I::template widen<D>(p.x, (m0 + m) * k + k0 + i));
-        }
-      }
+      if (m < rows) load_chunk(p, m0 + m, chunk, wide);
       for (int i = 0; i < I::kChunk; ++i) out[i * kWidth + m] = wide[I::element(i)];
     }
   }

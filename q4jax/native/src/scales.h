@@ -25,9 +25,8 @@ inline void decode_scales(const Scales& scales, int64_t first, int64_t count, fl
       }
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    if (out[i] != out[i]) out[i] = float_of(0x7fc00000);
-  }
+  const float nan = float_of(0x7fc00000);
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] == out[i] ? out[i] : nan;
 }
 
 }  // namespace

@@ -28,24 +28,47 @@ struct Tile {
   template <bool Interleaved, int Rows>
   static void step(const float* a, const float* b, int64_t depth, float* c, bool first) {
     constexpr int64_t row = Interleaved ? 1 : kDepth, column = Interleaved ? Rows : 1;
-    V sum[Rows][2];
+    V sum[Rows][2], other[Rows][2];
     for (int r = 0; r < Rows; ++r) {
-      sum[r][0] = first ? I::zero() : I::load(c + r * kWidth);
-      sum[r][1] = first ? I::zero() : I::load(c + r * kWidth + I::kLanes);
-    }
-    for (int64_t t = 0; t < depth; ++t) {
-      const V b0 = I::load(b), b1 = I::load(b + I::kLanes);
-      for (int r = 0; r < Rows; ++r) {
-        const V v = I::set1(a[r * row]);
-        sum[r][0] = I::fma(v, b0, sum[r][0]);
-        sum[r][1] = I::fma(v, b1, sum[r][1]);
+      for (int half = 0; half < 2; ++half) {
+        sum[r][half] = first ? I::zero() : I::load(c + r * kWidth + half * I::kLanes);
+        other[r][half] = I::zero();
       }
+    }
+    int64_t t = 0;
+    if constexpr (Rows <= 2) {  // too few sums to hide the latency of an addition: twice as many
+      for (; t + 1 < depth; t += 2) {
+        once<Rows, row>(a, b, sum);
+        once<Rows, row>(a + column, b + kWidth, other);
+        a += 2 * column;
+        b += 2 * kWidth;
+      }
+    }
+    for (; t < depth; ++t) {
+      once<Rows, row>(a, b, sum);
       a += column;
       b += kWidth;
+    }
+    if constexpr (Rows <= 2) {
+      for (int r = 0; r < Rows; ++r) {
+        for (int half = 0; half < 2; ++half) sum[r][half] = I::add(sum[r][half], other[r][half]);
+      }
     }
     for (int r = 0; r < Rows; ++r) {
       I::store(c + r * kWidth, sum[r][0]);
       I::store(c + r * kWidth + I::kLanes, sum[r][1]);
+    }
+  }
+
+  // sum[r] += a[r] * b, for a scalar of each row and two vectors.
+  template <int Rows, int64_t Stride>
+  __attribute__((always_inline)) static void once(const float* a, const float* b,
+                                                  V (&sum)[Rows][2]) {
+    const V b0 = I::load(b), b1 = I::load(b + I::kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const V v = I::set1(a[r * Stride]);
+      sum[r][0] = I::fma(v, b0, sum[r][0]);
+      sum[r][1] = I::fma(v, b1, sum[r][1]);
     }
   }
 };

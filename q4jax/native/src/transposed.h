@@ -32,21 +32,28 @@ class Transposed {
 
  private:
   using V = typename I::V;
-  static constexpr int64_t kWidth = Tile<I>::kWidth, kDepth = Tile<I>::kDepth;
-  static constexpr int64_t kSteps = 128 / I::kChunk;        // chunks to a task
-  static constexpr int64_t kPanels = I::kChunk / kWidth;    // of a chunk
+  static constexpr int64_t kWidth = Tile<I>::kWidth;
+  // A decoded tile of kDepth rows and kSteps chunks stays in the second cache. A row of it is
+  // several cache lines of codes; the next rows are fetched meanwhile.
+  static constexpr int64_t kDepth = 128, kSteps = 512 / I::kChunk, kAhead = 4;
+  static constexpr int64_t kPanels = I::kChunk / kWidth;  // of a chunk
+  // A line more than it holds: panels a power of two apart would share few lines of the cache.
+  static constexpr int64_t kPanelSize = kDepth * kWidth + 16;
 
   // The columns of y that belong to chunks [begin, end).
   static void columns(const Product& p, const Chunks<I>& chunks, int64_t begin, int64_t end,
                       const float* x) {
     const Weight& w = p.weight;
     const int64_t panels = (end - begin) * kPanels;
-    const Scratch weight(size_t(panels * kDepth * kWidth) * 4);  // [panel][n][kWidth]
-    const Scratch y(size_t(panels * p.m * kWidth) * 4);          // [panel][m][kWidth]
+    const Scratch weight(size_t(panels * kPanelSize) * 4);  // [panel][n][kWidth]
+    const Scratch y(size_t(panels * p.m * kWidth) * 4);     // [panel][m][kWidth]
     typename I::template Decoder<D> decoder(w.code);
     for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
       const int64_t depth = smaller(kDepth, w.n - n0);
       for (int64_t n = n0; n < n0 + depth; ++n) {
+        for (int64_t c = begin; c < end; c += 128 / I::kChunk) {
+          I::prefetch(w.packed + smaller(n + kAhead, w.n - 1) * (w.k / 2) + c * I::kChunk / 2);
+        }
         float scales[kSteps * I::kChunk / 32];
         row_scales<I>(w, chunks, n, begin, end, scales);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), begin, end, scales, decoder,
@@ -56,7 +63,7 @@ class Transposed {
                      decoder.template decode<1>(bytes, v + 4);
                      for (int r = 0; r < 8; ++r) {
                        const int64_t panel = (c - begin) * kPanels + r / 2;
-                       I::store(weight.floats() + (panel * kDepth + n - n0) * kWidth +
+                       I::store(weight.floats() + panel * kPanelSize + (n - n0) * kWidth +
                                     r % 2 * I::kLanes,
                                 v[r]);
                      }
@@ -66,7 +73,7 @@ class Transposed {
         const int64_t rows = smaller(I::kRows, p.m - m);
         for (int64_t panel = 0; panel < panels; ++panel) {
           Tile<I>::template add<true>(rows, x + m * w.n + n0 * rows,
-                                      weight.floats() + panel * kDepth * kWidth, depth,
+                                      weight.floats() + panel * kPanelSize, depth,
                                       y.floats() + (panel * p.m + m) * kWidth, n0 == 0);
         }
       }
