@@ -1,26 +1,75 @@
-"""The names a caller may give as `implementation`, and which of them can serve."""
+"""The names a caller may give as `implementation`, and how a call reaches the code behind one.
 
-from typing import Literal, get_args
+An implementation is a module with four functions on arrays:
+
+    quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in any shape
+    dequantize(arrays, *, spec, dtype) -> w      in the weight's full shape
+    linear(x, arrays, bias, *, spec) -> y        x @ W.T + bias: [M, K] -> [M, N] in x's dtype
+    transposed(g, arrays, *, spec) -> dx         g @ W: [M, N] -> [M, K] in g's dtype
+
+Each raises NotImplementedError, with the reason in one line, for a call it cannot serve.
+"""
+
+import functools
+import importlib
+from typing import Any, Literal, get_args
+
+from jax import lax
 
 Implementation = Literal["xla", "pallas", "pallas_interpret", "triton", "native"]
-_AVAILABLE = ("xla",)
+
+_MODULES = {"xla": "q4jax.plain"}
+_PREFERRED: dict[str, tuple[str, ...]] = {}
+"""platform -> what None tries there, in this order, before "xla"."""
 
 
-def resolve(implementation: str | None) -> str:
-    """The implementation that serves a call; None takes the best for the platform.
+def resolve(implementation: str | None) -> str | None:
+    """The name itself, checked; None for the best of each platform.
 
     Raises:
       ValueError: no such implementation.
       NotImplementedError: one that this version cannot run.
     """
     if implementation is None:
-        return _AVAILABLE[0]
+        return None
     if implementation not in get_args(Implementation):
         allowed = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
-    if implementation not in _AVAILABLE:
+    if implementation not in _MODULES:
         raise NotImplementedError(
             f"implementation={implementation!r} is not part of this version; "
-            f"it has {', '.join(map(repr, _AVAILABLE))}"
+            f"it has {', '.join(map(repr, _MODULES))}"
         )
     return implementation
+
+
+def call(implementation: str | None, operation: str, *args: Any, **static: Any) -> Any:
+    """One of the four operations; with None the platform is chosen when the program is lowered.
+
+    Args:
+      implementation: as `resolve` returns it.
+      operation: "quantize", "dequantize", "linear" or "transposed".
+      *args: pytrees of arrays, in the operation's order.
+      **static: its other arguments by name.
+    """
+    if implementation is not None:
+        return _operation(implementation, operation)(*args, **static)
+
+    def first_of(names: tuple[str, ...], *args: Any) -> Any:
+        for name in names:
+            try:
+                return _operation(name, operation)(*args, **static)
+            except NotImplementedError:
+                continue
+        return _operation("xla", operation)(*args, **static)
+
+    branches = {
+        platform: functools.partial(first_of, names) for platform, names in _PREFERRED.items()
+    }
+    if not branches:
+        return first_of((), *args)
+    return lax.platform_dependent(*args, default=functools.partial(first_of, ()), **branches)
+
+
+def _operation(name: str, operation: str) -> Any:
+    return getattr(importlib.import_module(_MODULES[name]), operation)

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from q4jax import blockwise, implementations, xla
+from q4jax import blockwise, implementations
 from q4jax.codebooks import QuantType
 from q4jax.spec import QuantSpec, float_dtype
 from q4jax.state import QuantState, check_packed
@@ -126,6 +126,12 @@ class Params4bit:
         return _dequantize(weight, dtype, implementations.resolve(implementation))
 
     @property
+    def arrays(self) -> blockwise.Arrays:
+        """Its arrays alone, as the implementations take them."""
+        state = self.quant_state
+        return blockwise.Arrays(self.packed, state.absmax, state.nested_absmax, state.offset)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
@@ -238,28 +244,15 @@ def quantize_stacked(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _quantize(w: Array, spec: QuantSpec, implementation: str) -> tuple[blockwise.Arrays, Array]:
+def _quantize(
+    w: Array, spec: QuantSpec, implementation: str | None
+) -> tuple[blockwise.Arrays, Array]:
     """The arrays, and whether w is finite."""
-    del implementation  # one so far
-    flat = functools.partial(blockwise.quantize_flat, spec=spec)
-    if spec.in_rows:
-        rows = functools.partial(
-            xla.quantize_rows, quant_type=spec.quant_type, blocksize=spec.blocksize
-        )
-        shapes = jax.eval_shape(rows, w)
-
-        def default(w):
-            return tuple(a.reshape(s.shape) for a, s in zip(flat(w), shapes, strict=True))
-
-        packed, absmax = lax.platform_dependent(w, cpu=rows, default=default)
-    else:
-        packed, absmax = flat(w)
+    packed, absmax = implementations.call(implementation, "quantize", w, spec=spec)
     return blockwise.finish(w.shape, packed, absmax, spec), jnp.isfinite(absmax).all()
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
-def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str) -> Array:
-    del implementation  # one so far
-    state = weight.quant_state
-    arrays = blockwise.Arrays(weight.packed, state.absmax, state.nested_absmax, state.offset)
-    return blockwise.dequantize(arrays, state.spec, dtype)
+def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
+    spec = weight.quant_state.spec
+    return implementations.call(implementation, "dequantize", weight.arrays, spec=spec, dtype=dtype)
