@@ -6,6 +6,5 @@ turns them off ("0") or names an instruction set ("avx2", "portable").
 """
 
 from q4jax.native.library import Status, status
-from q4jax.native.ops import linear, quantize, quantize_scales, transposed
 
-__all__ = ["Status", "linear", "quantize", "quantize_scales", "status", "transposed"]
+__all__ = ["Status", "status"]

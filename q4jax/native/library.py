@@ -17,7 +17,13 @@ from q4jax import codebooks
 
 LIBRARY = pathlib.Path(__file__).with_name("libq4jax.so")
 VARIABLE = "Q4JAX_NATIVE"
-TARGETS = ("q4jax_linear", "q4jax_transposed", "q4jax_quantize", "q4jax_quantize_scales")
+TARGETS = (
+    "q4jax_linear",
+    "q4jax_transposed",
+    "q4jax_quantize",
+    "q4jax_quantize_scales",
+    "q4jax_dequantize",
+)
 _LOCK = threading.Lock()
 
 
@@ -51,11 +57,6 @@ def status() -> Status:
         return _load()[1]
 
 
-def is_fast() -> bool:
-    """Whether the kernels are in use with vector instructions: without, XLA is faster."""
-    return status().isa not in (None, "portable")
-
-
 @contextlib.contextmanager
 def forced(isa: str) -> Iterator[None]:
     """Has all kernels use an instruction set of `status().available`, in every thread.
@@ -63,18 +64,17 @@ def forced(isa: str) -> Iterator[None]:
     Raises:
       ValueError: it is not one of them.
     """
-    before = status().isa
-    with _LOCK:
-        library = _load()[0]
-        if before is None or library is None or not library.q4jax_select(isa.encode()):
-            raise ValueError(f"isa must be one of {status_of(library)}, got {isa!r}")
+    before = status()
+    library = _load()[0]
+    if before.isa is None or library is None or not library.q4jax_select(isa.encode()):
+        raise ValueError(f"isa must be one of {before.available}, got {isa!r}")
     try:
         yield
     finally:
-        library.q4jax_select(before.encode())
+        library.q4jax_select(before.isa.encode())
 
 
-def status_of(library: ctypes.CDLL | None) -> tuple[str, ...]:
+def _names(library: ctypes.CDLL | None) -> tuple[str, ...]:
     """The instruction sets that a loaded library has for this machine, best first."""
     names: list[str] = []
     while library is not None and (name := library.q4jax_isa(len(names))) is not None:
@@ -91,7 +91,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         library = _open()
     except _Unusable as error:
         return None, Status(None, str(error), ())
-    available = status_of(library)
+    available = _names(library)
     isa = available[0] if setting == "1" else setting
     if not library.q4jax_select(isa.encode()):
         allowed = ", ".join(("0", "1", *available))

@@ -1,4 +1,8 @@
-"""The kernels as functions on arrays, for CPU only."""
+"""The kernels as functions on arrays, for CPU only.
+
+All raise NotImplementedError where the kernels are not in use or do not serve a layout, and
+ValueError for arrays that do not fit each other.
+"""
 
 import functools
 from collections.abc import Callable
@@ -39,12 +43,10 @@ def linear(
 
     Returns:
       [M, N] in x's dtype.
-
-    Raises:
-      NotImplementedError: the kernels are not in use, or K is not whole blocks.
-      ValueError: arrays that do not fit each other.
     """
-    return _product(x, packed, absmax, nested_absmax, offset, bias, quant_type, blocksize, False)
+    weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
+    bias = jnp.zeros(0, jnp.float32) if bias is None else bias
+    return _product("q4jax_linear", quant_type, blocksize)(x, *weight, bias)
 
 
 def transposed(
@@ -70,12 +72,39 @@ def transposed(
 
     Returns:
       [M, K] in g's dtype.
-
-    Raises:
-      NotImplementedError: as for `linear`.
-      ValueError: as for `linear`.
     """
-    return _product(g, packed, absmax, nested_absmax, offset, None, quant_type, blocksize, True)
+    weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
+    no_bias = jnp.zeros(0, jnp.float32)
+    return _product("q4jax_transposed", quant_type, blocksize)(g, *weight, no_bias)
+
+
+def dequantize(
+    packed: Array,
+    absmax: Array,
+    nested_absmax: Array | None = None,
+    offset: Array | None = None,
+    *,
+    quant_type: str,
+    blocksize: int,
+    dtype: Any,
+) -> Array:
+    """The weight, rounded once to `dtype`.
+
+    Args:
+      packed: as for `linear`.
+      absmax: as for `linear`.
+      nested_absmax: as for `linear`.
+      offset: as for `linear`.
+      quant_type: as for `linear`.
+      blocksize: as for `linear`.
+      dtype: float32, float16 or bfloat16.
+
+    Returns:
+      [N, K].
+    """
+    weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
+    shape = (packed.shape[0], packed.shape[1] * 2)
+    return _call("q4jax_dequantize", [(shape, dtype)], *weight, **_static(quant_type, blocksize))[0]
 
 
 def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array]:
@@ -89,17 +118,12 @@ def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array
     Returns:
       packed: uint8 [(size + 1) // 2].
       absmax: float32 [blocks].
-
-    Raises:
-      NotImplementedError: the kernels are not in use, or w is empty.
     """
     _require(w.size > 0, "an empty weight")
-    shapes = (
-        jax.ShapeDtypeStruct((-(-w.size // 2),), jnp.uint8),
-        jax.ShapeDtypeStruct((-(-w.size // blocksize),), jnp.float32),
-    )
-    call = _call("q4jax_quantize", shapes, **_attributes(quant_type, blocksize))
-    return call(w.reshape(-1))
+    results = [((-(-w.size // 2),), jnp.uint8), ((-(-w.size // blocksize),), jnp.float32)]
+    flat = w.reshape(-1)
+    packed, absmax = _call("q4jax_quantize", results, flat, **_static(quant_type, blocksize))
+    return packed, absmax
 
 
 def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
@@ -112,17 +136,12 @@ def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
       codes: uint8, in absmax's shape.
       nested_absmax: float32, one for each 256 scales.
       offset: float32 [].
-
-    Raises:
-      NotImplementedError: the kernels are not in use, or absmax is empty.
     """
     _require(absmax.size > 0, "an empty weight")
-    shapes = (
-        jax.ShapeDtypeStruct((absmax.size,), jnp.uint8),
-        jax.ShapeDtypeStruct((-(-absmax.size // codebooks.NESTED_BLOCKSIZE),), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.float32),
-    )
-    codes, nested_absmax, offset = _call("q4jax_quantize_scales", shapes)(absmax.reshape(-1))
+    size = absmax.size
+    nested = -(-size // codebooks.NESTED_BLOCKSIZE)
+    results = [((size,), jnp.uint8), ((nested,), jnp.float32), ((), jnp.float32)]
+    codes, nested_absmax, offset = _call("q4jax_quantize_scales", results, absmax.reshape(-1))
     return codes.reshape(absmax.shape), nested_absmax, offset
 
 
@@ -135,48 +154,33 @@ def _require(condition: bool, what: str) -> None:
         raise NotImplementedError(f"implementation='native' does not serve {what}")
 
 
-def _attributes(quant_type: str, blocksize: int) -> dict[str, np.int64]:
-    number = codebooks.QUANT_TYPES.index(quant_type)
-    return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
-
-
-def _call(target: str, shapes: Any, **attributes: Any) -> Callable[..., Any]:
-    return functools.partial(
-        jax.ffi.ffi_call(target, shapes, vmap_method="sequential"), **attributes
-    )
-
-
-def _product(x, packed, absmax, nested_absmax, offset, bias, quant_type, blocksize, transpose):
+def _weight(packed, absmax, nested_absmax, offset, blocksize) -> tuple[Array, ...]:
+    """The operands that stand for a weight. What is not there is empty: their number is fixed."""
+    _require(packed.ndim == 2, "a weight in flat layout, whose rows are not whole blocks")
     n, k = packed.shape[0], packed.shape[1] * 2
-    _require(n > 0 and k > 0 and k % blocksize == 0, f"{k} columns in blocks of {blocksize}")
-    width = n if transpose else k
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"x must be [M, {width}] for a weight of [{n}, {k}], got {list(x.shape)}")
+    _require(n > 0 and k > 0 and k % blocksize == 0, f"[{n}, {k}] in blocks of {blocksize}")
     if absmax.shape != (n, k // blocksize):
         raise ValueError(f"absmax must be {[n, k // blocksize]}, got {list(absmax.shape)}")
-    # An operand that is not there is empty: the call has a fixed number of them.
-    empty = jnp.zeros(0, jnp.float32)
-    operands = (
-        x,
-        packed,
-        absmax,
-        empty if nested_absmax is None else nested_absmax,
-        jnp.zeros((), jnp.float32) if offset is None else offset,
-        empty if bias is None else bias,
-    )
-    target = "q4jax_transposed" if transpose else "q4jax_linear"
-    return _rows(target, quant_type, blocksize)(*operands)
+    if nested_absmax is None or offset is None:
+        nested_absmax, offset = jnp.zeros(0, jnp.float32), jnp.zeros((), jnp.float32)
+    return packed, absmax, nested_absmax, offset
 
 
 @functools.cache
-def _rows(target: str, quant_type: str, blocksize: int) -> Callable[..., Array]:
-    """The product; where only x is batched by `vmap`, its batch becomes rows."""
+def _product(target: str, quant_type: str, blocksize: int) -> Callable[..., Array]:
+    """The product; where `vmap` batches only x, its batch becomes rows."""
+    static = _static(quant_type, blocksize)
 
     @custom_vmap
     def product(x, packed, *rest):
-        width = packed.shape[0] if target == "q4jax_linear" else packed.shape[1] * 2
-        shape = jax.ShapeDtypeStruct((x.shape[0], width), x.dtype)
-        return _call(target, shape, **_attributes(quant_type, blocksize))(x, packed, *rest)
+        n, k = packed.shape[0], packed.shape[1] * 2
+        inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
+        if x.ndim != 2 or x.shape[1] != inner:
+            raise ValueError(
+                f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}"
+            )
+        result = ((x.shape[0], outer), x.dtype)
+        return _call(target, [result], x, packed, *rest, **static)[0]
 
     @product.def_vmap
     def batched(size, is_batched, x, *rest):
@@ -191,3 +195,25 @@ def _rows(target: str, quant_type: str, blocksize: int) -> Callable[..., Array]:
         return lax.map(one, jnp.arange(size)), True
 
     return product
+
+
+def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
+    number = codebooks.QUANT_TYPES.index(quant_type)
+    return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
+
+
+def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> list[Array]:
+    """The custom call; inside `jax.shard_map` all operands must vary over the same axes."""
+    axes: set[Any] = set().union(*(_varying(a) for a in operands))
+    operands = tuple(
+        lax.pcast(a, tuple(axes - _varying(a)), to="varying") if axes - _varying(a) else a
+        for a in operands
+    )
+    varying = jax.typeof(operands[0]).mat
+    shapes = [jax.ShapeDtypeStruct(s, dtype, manual_axis_type=varying) for s, dtype in results]
+    return jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(*operands, **static)
+
+
+def _varying(array: Array) -> frozenset[Any]:
+    """The axes of a surrounding `jax.shard_map` over which it differs."""
+    return jax.typeof(array).mat.varying

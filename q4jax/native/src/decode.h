@@ -42,6 +42,13 @@ inline void row_scales(const Weight& w, const Chunks<I>& chunks, int64_t n, int6
   for (int64_t i = present; i < count; ++i) out[i] = 0;
 }
 
+// Calls f(position, element) for all that a chunk holds. Unrolled, both are constants in f.
+template <class I, class F>
+inline void reorder(const F& f) {
+#pragma GCC unroll 128
+  for (int i = 0; i < I::kChunk; ++i) f(i, I::element(i));
+}
+
 // Calls f(chunk, bytes) for the chunks [begin, end) of a row, with their scales set in `decoder`;
 // scales[0] is the first of them. There is a loop for each case because what it does beside f
 // shows in the time of a single row of x.

@@ -1,50 +1,18 @@
 // The operations as XLA custom calls. Every shape and dtype is checked here, before any kernel
 // touches memory: an XLA program may come from a file.
-#include <atomic>
-#include <cstring>
+#include <algorithm>
 #include <new>
 #include <string>
 
+#include "choice.h"
 #include "double_quantize.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace ffi = xla::ffi;
 
 namespace q4jax {
 namespace {
-
-Tables tables;
-
-struct Isa {
-  const char* name;
-  const Kernels* kernels;
-  bool (*supported)();
-};
-
-bool always() { return true; }
-
-#if defined(__x86_64__)
-bool has_avx2() {
-  unsigned a, b, c = 0, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#endif
-
-// Best first.
-const Isa kIsas[] = {
-#if defined(__x86_64__)
-    {"avx2", &kAvx2, has_avx2},
-#endif
-    {"portable", &kPortable, always},
-};
-
-std::atomic<const Isa*> selected{nullptr};
 
 class FfiPool final : public Pool {
  public:
@@ -86,9 +54,6 @@ bool allowed_blocksize(int64_t b) { return b >= 32 && b <= 4096 && (b & (b - 1))
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Beyond this a product of two sizes could overflow.
-constexpr int64_t kLargest = int64_t{1} << 40;
-
 template <typename F>
 ffi::Error guarded(const F& f) {
   try {
@@ -99,40 +64,60 @@ ffi::Error guarded(const F& f) {
   return ffi::Error::Success();
 }
 
+// The weight that four operands describe; `why` says what is wrong with them, if anything.
+Weight weight_of(ffi::AnyBuffer packed, ffi::AnyBuffer absmax, ffi::AnyBuffer nested_absmax,
+                 ffi::AnyBuffer offset, int64_t quant_type, int64_t blocksize, const char*& why) {
+  why = nullptr;
+  const auto refuse = [&](const char* reason) {
+    why = reason;
+    return Weight{};
+  };
+  if (quant_type != 0 && quant_type != 1) return refuse("quant_type must be 0 or 1");
+  if (!allowed_blocksize(blocksize)) return refuse("invalid blocksize");
+  if (packed.element_type() != ffi::DataType::U8) return refuse("packed must be uint8");
+  if (packed.dimensions().size() != 2) return refuse("packed must have two axes");
+  const int64_t n = packed.dimensions()[0], k = packed.dimensions()[1] * 2;
+  if (n <= 0 || k <= 0 || k % blocksize) return refuse("rows must be whole blocks");
+  if (!has_shape(absmax, {n, k / blocksize})) return refuse("absmax does not fit packed");
+  const bool nested = absmax.element_type() == ffi::DataType::U8;
+  if (!nested && absmax.element_type() != ffi::DataType::F32) {
+    return refuse("absmax must be float32, or uint8 codes");
+  }
+  if (nested_absmax.element_type() != ffi::DataType::F32 ||
+      !has_shape(nested_absmax, {nested ? ceil_div(n * (k / blocksize), 256) : 0})) {
+    return refuse("nested_absmax does not fit absmax");
+  }
+  if (offset.element_type() != ffi::DataType::F32 || !has_shape(offset, {})) {
+    return refuse("offset must be a float32 scalar");
+  }
+  return {static_cast<const uint8_t*>(packed.untyped_data()),
+          {nested ? nullptr : static_cast<const float*>(absmax.untyped_data()),
+           static_cast<const uint8_t*>(absmax.untyped_data()),
+           static_cast<const float*>(nested_absmax.untyped_data()),
+           *static_cast<const float*>(offset.untyped_data()), tables().dynamic_map},
+          tables().code[quant_type],
+          n,
+          k,
+          blocksize};
+}
+
 // linear: x [m, k] -> y [m, n]. transposed: x [m, n] -> y [m, k], and no bias.
 ffi::Error product(bool transposed, ffi::ThreadPool threads, ffi::AnyBuffer x,
                    ffi::AnyBuffer packed, ffi::AnyBuffer absmax, ffi::AnyBuffer nested_absmax,
                    ffi::AnyBuffer offset, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
                    int64_t quant_type, int64_t blocksize) {
-  if (quant_type != 0 && quant_type != 1) return invalid("quant_type must be 0 or 1");
-  if (!allowed_blocksize(blocksize)) return invalid("invalid blocksize");
   Product p;
+  const char* why;
+  p.weight = weight_of(packed, absmax, nested_absmax, offset, quant_type, blocksize, why);
+  if (why) return invalid(why);
   Dtype y_dtype;
   if (!dtype_of(x, p.dtype) || !dtype_of(*y, y_dtype) || y_dtype != p.dtype) {
     return invalid("x and the result must be of one float dtype of 16 or 32 bits");
   }
-  if (x.dimensions().size() != 2 || packed.dimensions().size() != 2) {
-    return invalid("x and packed must have two axes");
-  }
-  const int64_t m = x.dimensions()[0], n = packed.dimensions()[0];
-  if (packed.dimensions()[1] > kLargest || n > kLargest || m > kLargest) return invalid("too large");
-  const int64_t k = packed.dimensions()[1] * 2;
-  if (packed.element_type() != ffi::DataType::U8) return invalid("packed must be uint8");
-  if (n == 0 || k == 0 || k % blocksize) return invalid("rows must be whole blocks");
+  if (x.dimensions().size() != 2) return invalid("x must have two axes");
+  const int64_t m = x.dimensions()[0], n = p.weight.n, k = p.weight.k;
   if (!has_shape(x, {m, transposed ? n : k})) return invalid("x does not fit packed");
   if (!has_shape(*y, {m, transposed ? k : n})) return invalid("the result does not fit packed");
-  if (!has_shape(absmax, {n, k / blocksize})) return invalid("absmax does not fit packed");
-  const bool nested = absmax.element_type() == ffi::DataType::U8;
-  if (!nested && absmax.element_type() != ffi::DataType::F32) {
-    return invalid("absmax must be float32, or uint8 codes");
-  }
-  if (nested_absmax.element_type() != ffi::DataType::F32 ||
-      !has_shape(nested_absmax, {nested ? ceil_div(n * (k / blocksize), 256) : 0})) {
-    return invalid("nested_absmax does not fit absmax");
-  }
-  if (offset.element_type() != ffi::DataType::F32 || !has_shape(offset, {})) {
-    return invalid("offset must be a float32 scalar");
-  }
   const bool has_bias = !has_shape(bias, {0});
   if (has_bias && (transposed || !has_shape(bias, {n}))) return invalid("bias does not fit packed");
   if (!dtype_of(bias, p.bias_dtype)) return invalid("bias must be float");
@@ -140,19 +125,25 @@ ffi::Error product(bool transposed, ffi::ThreadPool threads, ffi::AnyBuffer x,
   p.y = y->untyped_data();
   p.bias = has_bias ? bias.untyped_data() : nullptr;
   p.m = m;
-  p.weight = {static_cast<const uint8_t*>(packed.untyped_data()),
-              {nested ? nullptr : static_cast<const float*>(absmax.untyped_data()),
-               static_cast<const uint8_t*>(absmax.untyped_data()),
-               static_cast<const float*>(nested_absmax.untyped_data()),
-               *static_cast<const float*>(offset.untyped_data()), tables.dynamic_map},
-              tables.code[quant_type],
-              n,
-              k,
-              blocksize};
   if (m == 0) return ffi::Error::Success();
   FfiPool pool(threads);
-  const Kernels& kernels = *selected.load()->kernels;
+  const Kernels& kernels = chosen_kernels();
   return guarded([&] { (transposed ? kernels.transposed : kernels.linear)(p, pool); });
+}
+
+ffi::Error dequantize(ffi::ThreadPool threads, ffi::AnyBuffer packed, ffi::AnyBuffer absmax,
+                      ffi::AnyBuffer nested_absmax, ffi::AnyBuffer offset,
+                      ffi::Result<ffi::AnyBuffer> w, int64_t quant_type, int64_t blocksize) {
+  Dequantization d;
+  const char* why;
+  d.weight = weight_of(packed, absmax, nested_absmax, offset, quant_type, blocksize, why);
+  if (why) return invalid(why);
+  if (!dtype_of(*w, d.dtype) || !has_shape(*w, {d.weight.n, d.weight.k})) {
+    return invalid("the result does not fit packed");
+  }
+  d.w = w->untyped_data();
+  FfiPool pool(threads);
+  return guarded([&] { chosen_kernels().dequantize(d, pool); });
 }
 
 ffi::Error quantize(ffi::ThreadPool threads, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> packed,
@@ -172,12 +163,12 @@ ffi::Error quantize(ffi::ThreadPool threads, ffi::AnyBuffer w, ffi::Result<ffi::
   q.w = w.untyped_data();
   q.size = size;
   q.blocksize = blocksize;
-  q.thresholds = tables.thresholds[quant_type];
-  q.sorted_codes = tables.sorted_codes[quant_type];
+  q.thresholds = tables().thresholds[quant_type];
+  q.sorted_codes = tables().sorted_codes[quant_type];
   q.packed = static_cast<uint8_t*>(packed->untyped_data());
   q.absmax = static_cast<float*>(absmax->untyped_data());
   FfiPool pool(threads);
-  return guarded([&] { selected.load()->kernels->quantize(q, pool); });
+  return guarded([&] { chosen_kernels().quantize(q, pool); });
 }
 
 ffi::Error quantize_scales(ffi::ThreadPool threads, ffi::AnyBuffer absmax,
@@ -200,7 +191,7 @@ ffi::Error quantize_scales(ffi::ThreadPool threads, ffi::AnyBuffer absmax,
   }
   const ScaleQuantization q = {static_cast<const float*>(absmax.untyped_data()),
                                size,
-                               tables.dynamic_thresholds,
+                               tables().dynamic_thresholds,
                                static_cast<uint8_t*>(codes->untyped_data()),
                                static_cast<float*>(nested_absmax->untyped_data()),
                                static_cast<float*>(offset->untyped_data())};
@@ -241,15 +232,24 @@ ffi::Error transposed(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer 
 }  // namespace
 }  // namespace q4jax
 
-#define Q4JAX_EXPORT extern "C" __attribute__((visibility("default")))
-
 Q4JAX_EXPORT XLA_FFI_Error* q4jax_linear(XLA_FFI_CallFrame*);
 Q4JAX_EXPORT XLA_FFI_Error* q4jax_transposed(XLA_FFI_CallFrame*);
+Q4JAX_EXPORT XLA_FFI_Error* q4jax_dequantize(XLA_FFI_CallFrame*);
 Q4JAX_EXPORT XLA_FFI_Error* q4jax_quantize(XLA_FFI_CallFrame*);
 Q4JAX_EXPORT XLA_FFI_Error* q4jax_quantize_scales(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_linear, q4jax::linear, q4jax::product_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_transposed, q4jax::transposed, q4jax::product_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_dequantize, q4jax::dequantize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()  // packed
+                                  .Arg<ffi::AnyBuffer>()  // absmax
+                                  .Arg<ffi::AnyBuffer>()  // nested_absmax
+                                  .Arg<ffi::AnyBuffer>()  // offset
+                                  .Ret<ffi::AnyBuffer>()  // w
+                                  .Attr<int64_t>("quant_type")
+                                  .Attr<int64_t>("blocksize"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_quantize, q4jax::quantize,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -269,29 +269,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(q4jax_quantize_scales, q4jax::quantize_scales,
 // The version of XLA's interface that this was compiled for.
 Q4JAX_EXPORT int q4jax_api_major() { return XLA_FFI_API_MAJOR; }
 Q4JAX_EXPORT int q4jax_api_minor() { return XLA_FFI_API_MINOR; }
-
-// Must be called once, with the size of the argument, before any operation.
-Q4JAX_EXPORT bool q4jax_set_tables(const void* tables, size_t size) {
-  if (size != sizeof q4jax::tables) return false;
-  std::memcpy(&q4jax::tables, tables, size);
-  return true;
-}
-
-// The name of the i-th instruction set that this machine has, best first; null after the last.
-Q4JAX_EXPORT const char* q4jax_isa(int i) {
-  for (const q4jax::Isa& isa : q4jax::kIsas) {
-    if (isa.supported() && i-- == 0) return isa.name;
-  }
-  return nullptr;
-}
-
-// Whether the machine has that instruction set; if so, the operations that follow use it.
-Q4JAX_EXPORT bool q4jax_select(const char* name) {
-  for (const q4jax::Isa& isa : q4jax::kIsas) {
-    if (!std::strcmp(isa.name, name) && isa.supported()) {
-      q4jax::selected = &isa;
-      return true;
-    }
-  }
-  return false;
-}

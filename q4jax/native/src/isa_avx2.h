@@ -40,7 +40,7 @@ struct Avx2 {
     return 2 * byte + vector / 4;
   }
 
-  // 8 elements as float32, and back with one rounding.
+  // 8 elements as float32.
   template <Dtype D>
   static V widen(const void* data, int64_t i) {
     if constexpr (D == Dtype::kFloat32) {
@@ -50,6 +50,23 @@ struct Avx2 {
       const __m128i half = _mm_loadu_si128(p);
       if constexpr (D == Dtype::kFloat16) return _mm256_cvtph_ps(half);
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+  }
+
+  // Of values that need no rounding.
+  template <Dtype D>
+  static void narrow(V v, void* data, int64_t i) {
+    if constexpr (D == Dtype::kFloat32) {
+      store(static_cast<float*>(data) + i, v);
+    } else {
+      __m128i half;
+      if constexpr (D == Dtype::kFloat16) {
+        half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+      } else {
+        const __m256i top = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+        half = _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+      }
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(data) + i), half);
     }
   }
 

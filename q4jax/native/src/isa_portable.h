@@ -58,6 +58,11 @@ struct Portable {
   }
 
   template <Dtype D>
+  static void narrow(V v, void* data, int64_t i) {
+    for (int j = 0; j < kLanes; ++j) write(D, data, i + j, v.lane[j]);
+  }
+
+  template <Dtype D>
   class Decoder {
    public:
     explicit Decoder(const float* code) : code_(code) {}

@@ -1,6 +1,7 @@
 // The operations for every dtype, compiled once for each instruction set.
 #pragma once
 
+#include "dequantize.h"
 #include "linear.h"
 #include "quantize.h"
 #include "transposed.h"
@@ -22,7 +23,8 @@ void by_dtype(const Arguments& arguments, Pool& pool) {
 
 template <class I>
 constexpr Kernels kernels_of() {
-  return {by_dtype<Linear, I>, by_dtype<Transposed, I>, by_dtype<Quantize, I>};
+  return {by_dtype<Linear, I>, by_dtype<Transposed, I>, by_dtype<Quantize, I>,
+          by_dtype<Dequantize, I>};
 }
 
 }  // namespace

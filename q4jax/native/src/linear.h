@@ -63,7 +63,7 @@ class Linear {
         float wide[I::kChunk];
         load_chunk(p, m, c, wide);
         float* out = x.floats() + first * padded + (c * count + m - first) * I::kChunk;
-        for (int i = 0; i < I::kChunk; ++i) out[i] = wide[I::element(i)];
+        reorder<I>([&](int i, int element) { out[i] = wide[element]; });
       }
     });
     const Decoder decoder(w.code);
@@ -191,7 +191,7 @@ class Linear {
     for (int64_t m = 0; m < kWidth; ++m) {
       float wide[I::kChunk] = {};
       if (m < rows) load_chunk(p, m0 + m, chunk, wide);
-      for (int i = 0; i < I::kChunk; ++i) out[i * kWidth + m] = wide[I::element(i)];
+      reorder<I>([&](int i, int element) { out[i * kWidth + m] = wide[element]; });
     }
   }
 

@@ -46,6 +46,12 @@ struct Product {
   int64_t m;
 };
 
+struct Dequantization {
+  Weight weight;
+  Dtype dtype;
+  void* w;  // [n, k]
+};
+
 struct Quantization {
   Dtype dtype;
   const void* w;  // [size]
@@ -69,6 +75,7 @@ struct Kernels {
   void (*linear)(const Product&, Pool&);
   void (*transposed)(const Product&, Pool&);
   void (*quantize)(const Quantization&, Pool&);
+  void (*dequantize)(const Dequantization&, Pool&);
 };
 
 extern const Kernels kPortable;

@@ -80,13 +80,13 @@ class Transposed {
     }
     for (int64_t m = 0; m < p.m; ++m) {
       for (int64_t c = begin; c < end; ++c) {
-        for (int i = 0; i < I::kChunk; ++i) {
-          const int64_t k = c * I::kChunk + I::element(i);
-          const int64_t panel = (c - begin) * kPanels + i / kWidth;
-          if (k < w.k) {
-            write(D, p.y, m * w.k + k, y.floats()[(panel * p.m + m) * kWidth + i % kWidth]);
-          }
-        }
+        const float* from = y.floats() + (c - begin) * kPanels * p.m * kWidth + m * kWidth;
+        float ordered[I::kChunk];
+        reorder<I>([&](int i, int element) {
+          ordered[element] = from[i / kWidth * p.m * kWidth + i % kWidth];
+        });
+        const int64_t k = c * I::kChunk, have = smaller(I::kChunk, w.k - k);
+        for (int64_t i = 0; i < have; ++i) write(D, p.y, m * w.k + k + i, ordered[i]);
       }
     }
   }
