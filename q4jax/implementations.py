@@ -1,6 +1,6 @@
 """The names a caller may give as `implementation`, and how a call reaches the code behind one.
 
-An implementation is a module with four functions on arrays:
+An implementation is a module or an object with four functions on arrays:
 
     quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in any shape
     dequantize(arrays, *, spec, dtype) -> w      in the weight's full shape
@@ -18,8 +18,14 @@ from jax import lax
 
 Implementation = Literal["xla", "pallas", "pallas_interpret", "triton", "native"]
 
-_MODULES = {"xla": "q4jax.plain"}
-_PREFERRED: dict[str, tuple[str, ...]] = {}
+_SOURCES = {
+    "xla": ("q4jax.plain", ""),
+    "pallas": ("q4jax.pallas", "compiled"),
+    "pallas_interpret": ("q4jax.pallas", "interpreted"),
+    "native": ("q4jax.native.implementation", "always"),
+    "native_where_faster": ("q4jax.native.implementation", "where_faster"),  # not a caller's name
+}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("native_where_faster",)}
 """platform -> what None tries there, in this order, before "xla"."""
 
 
@@ -32,13 +38,14 @@ def resolve(implementation: str | None) -> str | None:
     """
     if implementation is None:
         return None
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(map(repr, get_args(Implementation)))
+    names = get_args(Implementation)
+    if implementation not in names:
+        allowed = ", ".join(map(repr, names))
         raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
-    if implementation not in _MODULES:
+    if implementation not in _SOURCES:
         raise NotImplementedError(
             f"implementation={implementation!r} is not part of this version; "
-            f"it has {', '.join(map(repr, _MODULES))}"
+            f"it has {', '.join(repr(name) for name in names if name in _SOURCES)}"
         )
     return implementation
 
@@ -72,4 +79,6 @@ def call(implementation: str | None, operation: str, *args: Any, **static: Any) 
 
 
 def _operation(name: str, operation: str) -> Any:
-    return getattr(importlib.import_module(_MODULES[name]), operation)
+    module, attribute = _SOURCES[name]
+    source = importlib.import_module(module)
+    return getattr(getattr(source, attribute) if attribute else source, operation)

@@ -1,0 +1,40 @@
+"""Pallas's Triton backend, where this jax has it."""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+
+
+@functools.cache
+def triton(implementation: str = "pallas") -> Any:
+    """The module `jax.experimental.pallas.triton`.
+
+    Args:
+      implementation: which one asks, for the error.
+
+    Raises:
+      NotImplementedError: this jax has none.
+    """
+    try:
+        return importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        raise NotImplementedError(
+            f"implementation={implementation!r} needs Pallas's Triton backend, which jax "
+            f"{jax.__version__} does not have; 'xla' and None work"
+        ) from None
+
+
+def check_devices() -> None:
+    """NotImplementedError where a GPU that is visible is older than Ampere (sm_80)."""
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        if device.platform != "gpu" or not isinstance(capability, str):
+            continue
+        major, _, minor = capability.partition(".")
+        if major.isdigit() and int(major) < 8:
+            raise NotImplementedError(
+                f"implementation='pallas' needs compute capability 8.0 (Ampere) or newer; "
+                f"{device.device_kind} has {major}.{minor}; 'xla' and None work"
+            )

@@ -1,0 +1,102 @@
+"""How a GPU decodes 4-bit weights: the PTX, and beside each piece its meaning in jax.numpy.
+
+Nothing here knows of a kernel language. A front end needs only a way to run PTX on each element
+of int32 and float32 tiles (`ptx.inline` in Pallas, `tl.inline_asm_elementwise` in Triton).
+
+A block's 16 possible values, scale times codebook in float32 and rounded once to the compute
+dtype, are computed once a block: its *table*. A weight then costs a lookup and no arithmetic, and
+is exact. A table has 16 entries of 16 bits, kept as bytes in 8 words: words 0 to 3 hold the low
+bytes of the entries 4j to 4j + 3, words 4 to 7 the high bytes. `prmt` picks four bytes out of
+eight at a time by four selectors of 3 bits, and four packed codes are four such selectors, but
+for their top bit, which chooses between two lookups. float32 takes two tables, for the low and
+the high 16 bits.
+
+Instructions per weight (ALU pipe): 2 prmt and 0.625 to prepare selectors; 16 multiplications, 8
+conversions and 8 prmt for each table.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from q4jax import codebooks
+from q4jax.blockwise import unpack
+
+TABLE_WORDS = 8
+_CONVERT = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
+
+
+def table_count(dtype: DTypeLike) -> int:
+    """Tables that a weight of this dtype takes: one for each 16 bits."""
+    return np.dtype(dtype).itemsize // 2
+
+
+def table_word_asm(quant_type: str, dtype: DTypeLike, part: int, word: int) -> str:
+    """PTX: a scale (`$1`, float32) -> a word (`$0`) of its block's table.
+
+    Args:
+      quant_type: "nf4" or "fp4".
+      dtype: of the weights; float32 has a table (`part`) 0 of low and 1 of high halves.
+      part: which table.
+      word: 0 to 7.
+    """
+    first = word % 4 * 4
+    codes = codebooks.CODE[quant_type][first : first + 4].view(np.uint32)
+    text = ".reg .f32 a, b, c, d; .reg .b32 p, q; "
+    for name, code in zip("abcd", codes, strict=True):
+        text += f"mul.rn.f32 {name}, $1, 0f{code:08X}; "
+    high_byte = word // 4
+    name = np.dtype(dtype).name
+    if name == "float32":
+        byte = 2 * part + high_byte
+        pick = f"0x{0x40 + 0x11 * byte:04x}"
+        return (
+            text + f"prmt.b32 p, a, b, {pick}; prmt.b32 q, c, d, {pick}; prmt.b32 $0, p, q, 0x5410;"
+        )
+    convert = _CONVERT[name]
+    pick = "0x7531" if high_byte else "0x6420"
+    return text + f"{convert} p, b, a; {convert} q, d, c; prmt.b32 $0, p, q, {pick};"
+
+
+def pair_asm(byte: int) -> str:
+    """PTX: eight codes (`$1`) and a table (`$2` to `$9`) -> entries of one byte's two codes.
+
+    The result (`$0`) has the entry of the byte's high nibble, the earlier weight, in its low half:
+    the order of weights in memory.
+
+    Args:
+      byte: 0 to 3, which byte of the word.
+    """
+    text = (
+        ".reg .b32 s, m, p, q, l, h; and.b32 s, $1, 0x77777777; shr.u32 m, $1, 1; "
+        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA; "
+    )
+    if byte >= 2:
+        text += "shr.u32 s, s, 16; shr.u32 m, m, 16; "
+    for plane, (a, b, c, d) in {"l": (2, 3, 4, 5), "h": (6, 7, 8, 9)}.items():
+        text += f"prmt.b32 p, ${a}, ${b}, s; prmt.b32 q, ${c}, ${d}, s; prmt.b32 {plane}, p, q, m; "
+    return text + f"prmt.b32 $0, l, h, {'0x6273' if byte % 2 else '0x4051'};"
+
+
+SCALE_ASM = ".reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3;"
+"""PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice."""
+
+RECIPROCAL_ASM = "rcp.rn.f32 $0, $1;"
+DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
+
+
+def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
+    """The meaning of `table_word_asm`: int32 like `scale`."""
+    entries = scale[..., None] * codebooks.CODE[quant_type][word % 4 * 4 :][:4]
+    entries = lax.bitcast_convert_type(entries.astype(dtype), jnp.uint8)  # [..., 4, itemsize]
+    return lax.bitcast_convert_type(entries[..., 2 * part + word // 4], jnp.int32)
+
+
+def pair(codes: Array, table: list[Array], byte: int) -> Array:
+    """The meaning of `pair_asm`: int32 like `codes`."""
+    entries = lax.bitcast_convert_type(jnp.stack(table, -1), jnp.uint8)  # [..., 8, 4]
+    entries = entries.reshape(*codes.shape, 2, 16)
+    index = unpack(lax.bitcast_convert_type(codes, jnp.uint8)[..., byte : byte + 1])
+    low, high = (jnp.take_along_axis(entries[..., i, :], index, -1) for i in range(2))
+    return lax.bitcast_convert_type(jnp.stack([low, high], -1).reshape(*codes.shape, 4), jnp.int32)

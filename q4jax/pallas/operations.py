@@ -1,0 +1,63 @@
+"""What the kernels serve, and how a call becomes a kernel with its tile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from q4jax.blockwise import Arrays
+from q4jax.pallas import backend, dequantize, linear, ptx, quantize, tiles, transposed
+from q4jax.pallas.kernel_call import kernel_call
+from q4jax.spec import QuantSpec
+
+
+class Operations:
+    """The four operations of an implementation, compiled for a GPU or interpreted.
+
+    Served are nf4 and fp4, every block size, every float dtype, plain and nested scales, any M and
+    N, and any K that is a multiple of the block size.
+
+    Args:
+      name: "pallas" or "pallas_interpret".
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.interpret = name == "pallas_interpret"
+
+    def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
+        """Codes and plain scales, of the spec's sizes."""
+        return self._run(quantize.quantize, spec, w)
+
+    def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+        """The weight in its full shape."""
+        return self._run(dequantize.dequantize, spec, arrays, dtype=dtype)
+
+    def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+        """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
+        if not x.shape[0]:
+            return jnp.zeros((0, spec.shape[0]), x.dtype)
+        tile = tiles.choose("linear", x.shape[0], spec.shape, x.dtype)
+        return self._run(linear.linear, spec, x, arrays, bias, tile=tile)
+
+    def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+        """`g @ W`: [M, N] -> [M, K] in g's dtype."""
+        if not g.shape[0]:
+            return jnp.zeros((0, spec.shape[1]), g.dtype)
+        tile = tiles.choose("transposed", g.shape[0], spec.shape, g.dtype)
+        return self._run(transposed.transposed, spec, g, arrays, tile=tile)
+
+    def _run(self, kernel: Callable[..., Any], spec: QuantSpec, *args: Any, **static: Any) -> Any:
+        backend.triton(self.name)
+        if not spec.in_rows:
+            raise NotImplementedError(
+                f"implementation={self.name!r} needs rows that are whole blocks; the last axis of "
+                f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
+            )
+        if self.interpret:
+            ptx.register_emulation()
+            return kernel(*args, spec=spec, interpret=True, **static)
+        backend.check_devices()
+        return kernel_call(self.name, kernel, *args, spec=spec, interpret=False, **static)

@@ -1,0 +1,108 @@
+"""The kernel of `quantize_4bit`: scales and packed codes in one pass over the weight."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from q4jax import codebooks
+from q4jax.pallas import decode, ptx
+from q4jax.pallas.backend import triton
+from q4jax.pallas.weight import load
+from q4jax.spec import QuantSpec
+
+_TILE_WEIGHTS = 4096
+_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
+# Above this, 1 / absmax is subnormal: the block is divided instead.
+_LARGEST_RECIPROCAL = 2.0**126
+
+
+def quantize(w: Array, *, spec: QuantSpec, interpret: bool) -> tuple[Array, Array]:
+    """Codes uint8 [blocks, blocksize / 2] and plain scales float32 [blocks]."""
+    size = spec.blocksize
+    blocks = w.size // size
+    rows = max(1, _TILE_WEIGHTS // size)
+    return pl.pallas_call(
+        functools.partial(_kernel, rows=rows, quant_type=spec.quant_type),
+        out_shape=(
+            jax.ShapeDtypeStruct((blocks, size // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((blocks,), jnp.float32),
+        ),
+        grid=(pl.cdiv(blocks, rows),),
+        compiler_params=triton().CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="q4jax_quantize",
+    )(w.reshape(blocks, size))
+
+
+def _kernel(w_ref: Any, packed_ref: Any, absmax_ref: Any, *, rows: int, quant_type: str) -> None:
+    blocks, size = w_ref.shape
+    first = pl.program_id(0) * rows
+
+    def inside(*shape: int) -> Array | None:
+        if blocks % rows == 0:
+            return None
+        return first + lax.broadcasted_iota(jnp.int32, shape, 0) < blocks
+
+    tile = (pl.ds(first, rows), pl.ds(0, size))
+    w = load(w_ref.at[tile], inside(rows, size)).astype(jnp.float32)
+    scaled, absmax = _scale(w)
+    codes = _encode(scaled, quant_type)
+    even, odd = jnp.unstack(codes.reshape(rows, size // 2, 2), axis=-1)
+    packed = ((even << 4) | odd).astype(jnp.uint8)
+    half = (pl.ds(first, rows), pl.ds(0, size // 2))
+    triton().store(packed_ref.at[half], packed, mask=inside(rows, size // 2))
+    triton().store(absmax_ref.at[pl.ds(first, rows)], absmax, mask=inside(rows))
+
+
+def _scale(w: Array) -> tuple[Array, Array]:
+    """[rows, size] -> the same divided by the largest magnitude of a row, and that, [rows].
+
+    As `blockwise.quantize` does it: magnitudes order as integers, NaN last; subnormal numbers
+    count as zero; a row is multiplied by a reciprocal, unless that would be subnormal.
+    """
+    magnitude = lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF
+    absmax = lax.bitcast_convert_type(magnitude.max(1), jnp.float32)
+    w = jnp.where(magnitude < 0x00800000, 0.0, w)
+    reciprocal = ptx.inline(decode.RECIPROCAL_ASM, [absmax], jnp.float32)
+    reciprocal = jnp.where(absmax < _SMALLEST_NORMAL, 0.0, reciprocal)
+    scaled = w * reciprocal[:, None]
+
+    def divide() -> Array:
+        wide = jnp.broadcast_to(absmax[:, None], w.shape)
+        exact = ptx.inline(decode.DIVIDE_ASM, [w, wide], jnp.float32)
+        return jnp.where(wide > _LARGEST_RECIPROCAL, exact, scaled)
+
+    return lax.cond(absmax.max() > _LARGEST_RECIPROCAL, divide, lambda: scaled), absmax
+
+
+def _encode(scaled: Array, quant_type: str) -> Array:
+    """The code of each value in [-1, 1], int32: a binary search, in which NaN counts as large."""
+    thresholds = [float(t) for t in codebooks.THRESHOLDS[quant_type]]
+    bits: list[Array] = []
+    for level in range(4):
+        # After `level` comparisons 2^level thresholds are left, one of which is to be compared.
+        step = 8 >> level
+        left: list[Any] = thresholds[step - 1 :: 2 * step]
+        for bit in reversed(bits):
+            left = [jnp.where(bit, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
+        bits.append(~(scaled <= left[0]))
+    index = jnp.zeros(scaled.shape, jnp.int32)
+    for bit in bits:
+        index = 2 * index + bit.astype(jnp.int32)
+    order = codebooks.SORTED_CODES[quant_type]
+    if (order == np.arange(16)).all():
+        return index
+    # The 16 codes are digits of two integers.
+    low, high = (
+        int(
+            np.uint32(sum(int(c) << (4 * i) for i, c in enumerate(order[h : h + 8]))).view(np.int32)
+        )
+        for h in (0, 8)
+    )
+    digits = jnp.where(index < 8, low, high)
+    return lax.shift_right_logical(digits, 4 * (index & 7)) & 15
