@@ -27,30 +27,28 @@ class Always:
     """
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Codes and plain scales, flat."""
+        """Codes and plain scales, in the spec's layout."""
         self._check("quantize", w.dtype, None)
-        return ops.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
+        packed, absmax = ops.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
+        lead = w.shape[: w.ndim - len(spec.shape)]
+        return packed.reshape(*lead, *spec.packed_shape), absmax.reshape(*lead, *spec.absmax_shape)
 
     def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""
         self._check("dequantize", dtype, None)
-        if not spec.in_rows or arrays.offset is not None and arrays.offset.ndim:
+        if not spec.in_rows or (arrays.offset is not None and arrays.offset.ndim):
             raise NotImplementedError(f"implementation='native' does not serve {spec.tag()}")
         rows = arrays._replace(
             packed=arrays.packed.reshape(-1, arrays.packed.shape[-1]),
             absmax=arrays.absmax.reshape(-1, arrays.absmax.shape[-1]),
         )
-        w = ops.dequantize(
-            *rows, quant_type=spec.quant_type, blocksize=spec.blocksize, dtype=dtype
-        )
+        w = ops.dequantize(*rows, quant_type=spec.quant_type, blocksize=spec.blocksize, dtype=dtype)
         return w.reshape(*arrays.packed.shape[:-1], w.shape[-1])
 
     def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
         """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
         self._check("linear", x.dtype, x.shape[0])
-        return ops.linear(
-            x, *arrays, bias, quant_type=spec.quant_type, blocksize=spec.blocksize
-        )
+        return ops.linear(x, *arrays, bias, quant_type=spec.quant_type, blocksize=spec.blocksize)
 
     def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
         """`g @ W`: [M, N] -> [M, K] in g's dtype."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec
 
 from q4jax import codebooks
 from q4jax.native import library
@@ -209,8 +210,11 @@ def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> li
         lax.pcast(a, tuple(axes - _varying(a)), to="varying") if axes - _varying(a) else a
         for a in operands
     )
-    varying = jax.typeof(operands[0]).mat
-    shapes = [jax.ShapeDtypeStruct(s, dtype, manual_axis_type=varying) for s, dtype in results]
+    manual: dict[str, Any] = {}
+    if axes:
+        mesh = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+        manual = {"sharding": mesh, "manual_axis_type": jax.typeof(operands[0]).mat}
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, **manual) for shape, dtype in results]
     return jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(*operands, **static)
 
 
