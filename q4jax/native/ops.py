@@ -5,7 +5,7 @@ ValueError for arrays that do not fit each other.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -155,7 +155,7 @@ def _require(condition: bool, what: str) -> None:
         raise NotImplementedError(f"implementation='native' does not serve {what}")
 
 
-def _weight(packed, absmax, nested_absmax, offset, blocksize) -> tuple[Array, ...]:
+def _weight(packed, absmax, nested_absmax, offset, blocksize):
     """The operands that stand for a weight. What is not there is empty: their number is fixed."""
     _require(packed.ndim == 2, "a weight in flat layout, whose rows are not whole blocks")
     n, k = packed.shape[0], packed.shape[1] * 2
@@ -203,7 +203,7 @@ def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
     return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
 
 
-def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> list[Array]:
+def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> Sequence[Array]:
     """The custom call; inside `jax.shard_map` all operands must vary over the same axes."""
     axes: set[Any] = set().union(*(_varying(a) for a in operands))
     operands = tuple(
