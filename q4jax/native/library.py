@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jaxlib
 import numpy as np
 
 from q4jax import codebooks
@@ -138,12 +138,16 @@ def accepted_version() -> tuple[int, int] | None:
 def check_version(built: tuple[int, int], accepted: tuple[int, int] | None) -> None:
     """Raises where JAX would refuse the library: registering one disables its whole CPU backend."""
     if accepted is None:
-        raise _Unusable(f"jaxlib {jaxlib.__version__} does not say which interface it accepts")
+        raise _Unusable(f"jaxlib {_jaxlib()} does not say which interface it accepts")
     if built[0] != accepted[0] or built[1] > accepted[1]:
         raise _Unusable(
             f"it was built for XLA's interface {built[0]}.{built[1]}, and jaxlib "
-            f"{jaxlib.__version__} accepts {accepted[0]}.{accepted[1]}"
+            f"{_jaxlib()} accepts {accepted[0]}.{accepted[1]}"
         )
+
+
+def _jaxlib() -> str:
+    return importlib.metadata.version("jaxlib")
 
 
 def tables() -> bytes:

@@ -26,7 +26,7 @@ def shard(x, packed, absmax):
 # Rows of x and of the weight, split.
 specs = P("data"), P("model"), P("model")
 split = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("data", "model")))
-np.testing.assert_allclose(split(x, w.packed, w.quant_state.absmax), whole, atol=2e-5)
+np.testing.assert_allclose(split(x, w.packed, w.quant_state.absmax), whole, atol=2e-4)
 
 # Columns of both, split: partial sums.
 def partial(*args):
@@ -34,12 +34,12 @@ def partial(*args):
 
 specs = P("data", "model"), P(None, "model"), P(None, "model")
 summed = jax.jit(jax.shard_map(partial, mesh=mesh, in_specs=specs, out_specs=P("data")))
-np.testing.assert_allclose(summed(x, w.packed, w.quant_state.absmax), whole, atol=2e-5)
+np.testing.assert_allclose(summed(x, w.packed, w.quant_state.absmax), whole, atol=2e-4)
 
 # Left to the compiler, the weight stays where it is: None takes what XLA can split.
 place = lambda a: jax.device_put(a, NamedSharding(mesh, P("model")))
 y = jax.jit(q4jax.matmul_4bit)(x, jax.tree.map(place, w))
-np.testing.assert_allclose(y, whole, atol=2e-5)
+np.testing.assert_allclose(y, whole, atol=2e-4)
 text = jax.jit(q4jax.matmul_4bit).lower(x, w).as_text()
 assert "q4jax_linear" not in text
 """
