@@ -1,4 +1,4 @@
-"""Puts the shared helpers of the tests, `oracle` and `vectors`, on the path."""
+"""Puts the helpers that tests share on the path."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in ("", "pallas", "gpu", "native"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")

@@ -11,9 +11,12 @@ eight at a time by four selectors of 3 bits, and four packed codes are four such
 for their top bit, which chooses between two lookups. float32 takes two tables, for the low and
 the high 16 bits.
 
-Instructions per weight (ALU pipe): 2 prmt and 0.625 to prepare selectors; 16 multiplications, 8
-conversions and 8 prmt for each table.
+Instructions per weight: 2 prmt and 0.625 to prepare selectors; 16 multiplications, 8 conversions
+and 8 prmt for each table. Shifts to the right are written as the high half of a product, because
+the ALU pipe, where a shift and a prmt run, is what limits a matvec, and the multipliers are idle.
 """
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +24,6 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from q4jax import codebooks
-from q4jax.blockwise import unpack
 
 TABLE_WORDS = 8
 _CONVERT = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
@@ -43,7 +45,7 @@ def table_word_asm(quant_type: str, dtype: DTypeLike, part: int, word: int) -> s
     """
     first = word % 4 * 4
     codes = codebooks.CODE[quant_type][first : first + 4].view(np.uint32)
-    text = ".reg .f32 a, b, c, d; .reg .b32 p, q; "
+    text = "{ .reg .f32 a, b, c, d; .reg .b32 p, q; "
     for name, code in zip("abcd", codes, strict=True):
         text += f"mul.rn.f32 {name}, $1, 0f{code:08X}; "
     high_byte = word // 4
@@ -51,12 +53,11 @@ def table_word_asm(quant_type: str, dtype: DTypeLike, part: int, word: int) -> s
     if name == "float32":
         byte = 2 * part + high_byte
         pick = f"0x{0x40 + 0x11 * byte:04x}"
-        return (
-            text + f"prmt.b32 p, a, b, {pick}; prmt.b32 q, c, d, {pick}; prmt.b32 $0, p, q, 0x5410;"
-        )
+        text += f"prmt.b32 p, a, b, {pick}; prmt.b32 q, c, d, {pick}; "
+        return text + "prmt.b32 $0, p, q, 0x5410; }"
     convert = _CONVERT[name]
     pick = "0x7531" if high_byte else "0x6420"
-    return text + f"{convert} p, b, a; {convert} q, d, c; prmt.b32 $0, p, q, {pick};"
+    return text + f"{convert} p, b, a; {convert} q, d, c; prmt.b32 $0, p, q, {pick}; }}"
 
 
 def pair_asm(byte: int) -> str:
@@ -69,21 +70,24 @@ def pair_asm(byte: int) -> str:
       byte: 0 to 3, which byte of the word.
     """
     text = (
-        ".reg .b32 s, m, p, q, l, h; and.b32 s, $1, 0x77777777; shr.u32 m, $1, 1; "
+        "{ .reg .b32 s, m, p, q, l, h; and.b32 s, $1, 0x77777777; mul.hi.u32 m, $1, 0x80000000; "
         "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA; "
     )
     if byte >= 2:
-        text += "shr.u32 s, s, 16; shr.u32 m, m, 16; "
+        text += "mul.hi.u32 s, s, 0x10000; mul.hi.u32 m, m, 0x10000; "
     for plane, (a, b, c, d) in {"l": (2, 3, 4, 5), "h": (6, 7, 8, 9)}.items():
         text += f"prmt.b32 p, ${a}, ${b}, s; prmt.b32 q, ${c}, ${d}, s; prmt.b32 {plane}, p, q, m; "
-    return text + f"prmt.b32 $0, l, h, {'0x6273' if byte % 2 else '0x4051'};"
+    return text + f"prmt.b32 $0, l, h, {'0x6273' if byte % 2 else '0x4051'}; }}"
 
 
-SCALE_ASM = ".reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3;"
+SCALE_ASM = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
 """PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice."""
 
 RECIPROCAL_ASM = "rcp.rn.f32 $0, $1;"
+"""PTX: 1 / x, rounded correctly; Triton's own division is not."""
+
 DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
+"""PTX: x / y, rounded correctly."""
 
 
 def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
@@ -93,10 +97,29 @@ def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word:
     return lax.bitcast_convert_type(entries[..., 2 * part + word // 4], jnp.int32)
 
 
-def pair(codes: Array, table: list[Array], byte: int) -> Array:
+def pair(byte: int, codes: Array, *table: Array) -> Array:
     """The meaning of `pair_asm`: int32 like `codes`."""
     entries = lax.bitcast_convert_type(jnp.stack(table, -1), jnp.uint8)  # [..., 8, 4]
-    entries = entries.reshape(*codes.shape, 2, 16)
-    index = unpack(lax.bitcast_convert_type(codes, jnp.uint8)[..., byte : byte + 1])
-    low, high = (jnp.take_along_axis(entries[..., i, :], index, -1) for i in range(2))
-    return lax.bitcast_convert_type(jnp.stack([low, high], -1).reshape(*codes.shape, 4), jnp.int32)
+    low, high = jnp.unstack(entries.reshape(*codes.shape, 2, 16), axis=-2)
+    nibbles = np.array([8 * byte + 4, 8 * byte], np.int32)
+    index = (codes[..., None] >> nibbles) & 15
+    pick = functools.partial(jnp.take_along_axis, axis=-1, mode="promise_in_bounds")
+    both = jnp.stack([pick(low, index), pick(high, index)], -1)
+    return lax.bitcast_convert_type(both.reshape(*codes.shape, 4), jnp.int32)
+
+
+def scale(value: Array, nested: Array, offset: Array) -> Array:
+    """The meaning of `SCALE_ASM`, float32."""
+    # No entry of the map exceeds 1, so the clip changes nothing, which the compiler cannot know:
+    # it would contract the product into the sum.
+    return jnp.clip(value * nested, -jnp.abs(nested), jnp.abs(nested)) + offset
+
+
+def reciprocal(x: Array) -> Array:
+    """The meaning of `RECIPROCAL_ASM`."""
+    return divide(jnp.ones_like(x), x)
+
+
+def divide(x: Array, y: Array) -> Array:
+    """The meaning of `DIVIDE_ASM`."""
+    return x / lax.optimization_barrier(y)

@@ -1,8 +1,9 @@
-"""Inline PTX in Pallas kernels, and the meaning of that PTX in jax.numpy for interpret mode.
+"""Inline PTX in Pallas kernels, and its meaning on CPU for interpret mode.
 
 `inline` puts a few PTX instructions into a Triton kernel, one run for each element. XLA's CPU
-backend has no such thing, so a lowering for CPU is registered that reads the same text: what the
-tests run is what the GPU is given, instruction by instruction.
+backend has no such thing, so a lowering for CPU is registered. It takes the meaning in jax.numpy
+that comes with the text, because a program of single instructions takes ten times as long to
+compile; `emulate` runs the text itself, and the tests hold the two together.
 """
 
 import functools
@@ -23,17 +24,28 @@ from q4jax.pallas.backend import triton
 _CONSTRAINTS = {"float32": "f", "int32": "r"}
 
 
-def inline(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
+_meanings: dict[str, Callable[..., Array]] = {}
+
+
+def inline(
+    asm: str, meaning: Callable[..., Array], args: Sequence[Array], dtype: DTypeLike
+) -> Array:
     """Run PTX on each element: `$0` is the result, `$1`, `$2`, ... the elements of `args`.
 
     Args:
-      asm: instructions that `emulate` knows.
+      asm: the instructions.
+      meaning: the same as a function of `args`, for interpret mode.
       args: float32 or int32 arrays of one shape.
       dtype: of the result, float32 or int32 (a uint32 would be a type of its own to Triton).
     """
+    _meanings[asm] = meaning
+    return _bind(asm, args, dtype)
+
+
+def _bind(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
     letters = [_CONSTRAINTS[np.dtype(d).name] for d in (dtype, *(a.dtype for a in args))]
     [result] = triton().elementwise_inline_asm(
-        f"{{ {asm} }}",
+        asm,
         args=list(args),
         constraints="=" + ",".join(letters),
         pack=1,
@@ -43,7 +55,7 @@ def inline(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
 
 
 def emulate(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
-    """What `inline` gives, in jax.numpy."""
+    """What `inline` gives, instruction by instruction."""
     registers: dict[str, Array] = {f"${i + 1}": _bits(a) for i, a in enumerate(args)}
     for line in re.split(r"[;{}]\s*", asm):
         operation, _, operands = line.strip().partition(" ")
@@ -113,6 +125,16 @@ def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
     return result
 
 
+def _multiply_high(a: Array, b: Array) -> Array:
+    """The high 32 bits of the product of two unsigned integers."""
+    a, b = (lax.bitcast_convert_type(jnp.asarray(v), jnp.uint32) for v in (a, b))
+    low = (a & 0xFFFF) * (b & 0xFFFF)
+    middle = (a >> 16) * (b & 0xFFFF) + (low >> 16)
+    other = (a & 0xFFFF) * (b >> 16) + (middle & 0xFFFF)
+    high = (a >> 16) * (b >> 16) + (middle >> 16) + (other >> 16)
+    return lax.bitcast_convert_type(high, jnp.int32)
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "mul.rn.f32": _float_instruction(lambda a, b: a * b),
     "add.rn.f32": _float_instruction(_add),
@@ -121,7 +143,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "cvt.rn.bf16x2.f32": _convert_two(jnp.bfloat16),
     "cvt.rn.f16x2.f32": _convert_two(jnp.float16),
     "and.b32": lambda a, b: a & b,
-    "shr.u32": lax.shift_right_logical,
+    "mul.hi.u32": _multiply_high,
     "prmt.b32": _permute,
     "lop3.b32": _logic,
 }
@@ -132,14 +154,14 @@ def register_emulation() -> None:
     """Give the primitive behind `inline` its meaning on CPU."""
 
     def probe(x: Array) -> Array:
-        return inline("mul.rn.f32 $0, $1, $1;", [x], jnp.float32)
+        return _bind("{ mul.rn.f32 $0, $1, $1; }", [x], jnp.float32)
 
     # The primitive has no public name; an equation that it makes has it.
     jaxpr = jax.make_jaxpr(probe)(jax.ShapeDtypeStruct((1,), jnp.float32))
     [equation] = jaxpr.jaxpr.eqns
 
     def lower(*args: Array, asm: str, result_shape_dtypes: Sequence[Any], **_: Any) -> list[Array]:
-        return [emulate(asm, args, result_shape_dtypes[0].dtype)]
+        return [_meanings[asm](*args)]
 
     rule = mlir.lower_fun(lower, multiple_results=True)
     mlir.register_lowering(equation.primitive, rule, platform="cpu")

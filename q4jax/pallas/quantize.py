@@ -68,16 +68,17 @@ def _scale(w: Array) -> tuple[Array, Array]:
     magnitude = lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF
     absmax = lax.bitcast_convert_type(magnitude.max(1), jnp.float32)
     w = jnp.where(magnitude < 0x00800000, 0.0, w)
-    reciprocal = ptx.inline(decode.RECIPROCAL_ASM, [absmax], jnp.float32)
+    reciprocal = ptx.inline(decode.RECIPROCAL_ASM, decode.reciprocal, [absmax], jnp.float32)
     reciprocal = jnp.where(absmax < _SMALLEST_NORMAL, 0.0, reciprocal)
     scaled = w * reciprocal[:, None]
 
     def divide() -> Array:
         wide = jnp.broadcast_to(absmax[:, None], w.shape)
-        exact = ptx.inline(decode.DIVIDE_ASM, [w, wide], jnp.float32)
+        exact = ptx.inline(decode.DIVIDE_ASM, decode.divide, [w, wide], jnp.float32)
         return jnp.where(wide > _LARGEST_RECIPROCAL, exact, scaled)
 
-    return lax.cond(absmax.max() > _LARGEST_RECIPROCAL, divide, lambda: scaled), absmax
+    large = (absmax > _LARGEST_RECIPROCAL).astype(jnp.int32)  # a float's max may drop or keep NaN
+    return lax.cond(large.max() > 0, divide, lambda: scaled), absmax
 
 
 def _encode(scaled: Array, quant_type: str) -> Array:

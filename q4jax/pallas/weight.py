@@ -1,6 +1,7 @@
 """A 4-bit weight inside a kernel: how its arrays are viewed, loaded, masked and decoded."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def load_scales(
     nested = load(refs["nested"].at[index // codebooks.NESTED_BLOCKSIZE], mask)
     value = load(refs["map"].at[scales.astype(jnp.int32)], None)
     offset = jnp.broadcast_to(refs["offset"][0], value.shape)
-    return ptx.inline(decode.SCALE_ASM, [value, nested, offset], jnp.float32)
+    return ptx.inline(decode.SCALE_ASM, decode.scale, [value, nested, offset], jnp.float32)
 
 
 def load(ref: Any, mask: Array | None) -> Array:
@@ -119,21 +120,24 @@ def load(ref: Any, mask: Array | None) -> Array:
 
 def tables(scales: Array, quant_type: str, dtype: Any) -> list[list[Array]]:
     """The tables of blocks with these scales, a list of words for each 16 bits of a weight."""
-    return [
-        [
-            ptx.inline(decode.table_word_asm(quant_type, dtype, part, word), [scales], jnp.int32)
-            for word in range(decode.TABLE_WORDS)
-        ]
-        for part in range(decode.table_count(dtype))
-    ]
+
+    def table_word(part: int, word: int) -> Array:
+        static = {"quant_type": quant_type, "dtype": dtype, "part": part, "word": word}
+        meaning = functools.partial(decode.table_word, **static)
+        return ptx.inline(decode.table_word_asm(**static), meaning, [scales], jnp.int32)
+
+    parts = range(decode.table_count(dtype))
+    return [[table_word(part, word) for word in range(decode.TABLE_WORDS)] for part in parts]
 
 
 def pairs(words: Array, tables_: list[list[Array]]) -> list[list[Array]]:
     """For each table, 16 bits of each weight, two weights an int32, for the bytes 0 to 3."""
-    return [
-        [ptx.inline(decode.pair_asm(byte), [words, *table], jnp.int32) for byte in range(4)]
-        for table in tables_
-    ]
+
+    def pair(byte: int, table: list[Array]) -> Array:
+        meaning = functools.partial(decode.pair, byte)
+        return ptx.inline(decode.pair_asm(byte), meaning, [words, *table], jnp.int32)
+
+    return [[pair(byte, table) for byte in range(4)] for table in tables_]
 
 
 def two_weights(entries: list[Array], dtype: Any) -> tuple[Array, Array]:

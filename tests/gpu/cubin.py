@@ -1,0 +1,155 @@
+"""What a compiled program holds for the GPU: its kernels' registers, memory and instructions.
+
+A serialized executable contains its cubins (ELF files for the GPU) in chunks compressed with
+snappy. They are found by their header and read with the `cuobjdump` that Triton's wheel ships.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from jax.experimental import serialize_executable
+
+_CUDA_MACHINE = 190
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel's resources and instructions.
+
+    Attributes:
+      registers: a thread.
+      stack, local: bytes a thread; not 0 where registers spill.
+      opcodes: how often each instruction appears, with its suffixes.
+      loop: the same for the body of its longest loop.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    opcodes: dict[str, int]
+    loop: dict[str, int]
+
+    def count(self, prefix: str, where: str = "opcodes") -> int:
+        """How often instructions that start so appear."""
+        return sum(n for name, n in getattr(self, where).items() if name.startswith(prefix))
+
+
+def kernels(compiled: Any) -> dict[str, Kernel]:
+    """The kernels of a compiled jax program, by name."""
+    found: dict[str, Kernel] = {}
+    for cubin in _cubins(serialize_executable.serialize(compiled)[0], 2):
+        found |= _disassemble(cubin)
+    return found
+
+
+def _cubins(data: bytes, depth: int) -> list[bytes]:
+    """The cubins in `data` or in what some part of its head decompresses to."""
+    best = list(_elf_files(data))
+    for start in range(min(len(data), 4096) if depth else 0):
+        inner = _snappy(data, start)
+        if inner is not None and b"\x7fELF" in inner:
+            best = max(best, _cubins(inner, depth - 1), key=len)
+    return best
+
+
+def _elf_files(data: bytes) -> Iterator[bytes]:
+    start = -1
+    while (start := data.find(b"\x7fELF", start + 1)) >= 0:
+        header = data[start : start + 64]
+        if len(header) < 64 or struct.unpack_from("<H", header, 18)[0] != _CUDA_MACHINE:
+            continue
+        programs, sections = struct.unpack_from("<QQ", header, 32)
+        sizes = struct.unpack_from("<4H", header, 54)
+        end = max(sections + sizes[2] * sizes[3], programs + sizes[0] * sizes[1])
+        if 64 < end <= len(data) - start:
+            yield data[start : start + end]
+
+
+def _snappy(data: bytes, i: int) -> bytes | None:
+    """The snappy stream that starts at `i`, decompressed; None if there is none of some size."""
+    try:
+        length, shift = 0, 0
+        while True:
+            byte = data[i]
+            i += 1
+            length |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        if not 1024 < length < 1 << 27:
+            return None
+        out = bytearray()
+        while len(out) < length:
+            tag = data[i]
+            i += 1
+            kind, size = tag & 3, tag >> 2
+            if kind == 0:
+                if size >= 60:
+                    width = size - 59
+                    size = int.from_bytes(data[i : i + width], "little")
+                    i += width
+                out += data[i : i + size + 1]
+                i += size + 1
+                continue
+            if kind == 1:
+                size, distance = (size & 7) + 4, (tag >> 5 << 8) | data[i]
+                i += 1
+            else:
+                width = 2 if kind == 2 else 4
+                distance = int.from_bytes(data[i : i + width], "little")
+                i += width
+                size += 1
+            if not 0 < distance <= len(out):
+                return None
+            for _ in range(size):
+                out.append(out[-distance])
+    except IndexError:
+        return None
+    return bytes(out)
+
+
+def _disassemble(cubin: bytes) -> dict[str, Kernel]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    resources = {
+        m[1]: {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", m[2])}
+        for m in re.finditer(r"Function (\w+):\n\s*(.*)", usage)
+    }
+    found = {}
+    for part in re.split(r"\n\s*Function : ", code)[1:]:
+        name = part.split(None, 1)[0]
+        used = resources[name]
+        everything, loop = _instructions(part)
+        found[name] = Kernel(used["REG"], used["STACK"], used["LOCAL"], everything, loop)
+    return found
+
+
+def _instructions(sass: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The opcodes of a function, and of the longest stretch between a branch and its target."""
+    pattern = r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+    lines = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, sass)]
+    first, last = 0, -1
+    for at, name, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and at - int(target[1], 16) > last - first and int(target[1], 16) < at:
+            first, last = int(target[1], 16), at
+    inside = (name for at, name, _ in lines if first <= at <= last)
+    return dict(collections.Counter(n for _, n, _ in lines)), dict(collections.Counter(inside))
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder = pathlib.Path(spec.submodule_search_locations[0], "backends", "nvidia", "bin")
+    command = [folder / "cuobjdump", option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

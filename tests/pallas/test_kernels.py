@@ -1,0 +1,133 @@
+"""Every kernel in interpret mode against the reference, over the matrix of calls.
+
+Interpret mode fills what lies outside an array with NaN (the least integer, for integers), so a
+mask that lets any of it through shows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from matrix import cases
+
+import q4jax
+from q4jax import Params4bit, QuantSpec, QuantState, codebooks
+
+CASES = cases()
+# Interpreted kernels are large programs that run once: optimizing them takes longer than running.
+QUICK = {"xla_backend_optimization_level": 0}
+INTERPRET = {"implementation": "pallas_interpret"}
+
+
+def run(function, *args):
+    return jax.jit(function).lower(*args).compile(QUICK)(*args)
+
+
+def normal(seed, *shape, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape, np.float32).astype(oracle.DTYPES[dtype]))
+
+
+def random_weight(case):
+    """Any codes with any scales, and what they stand for, as numpy has it."""
+    rng = np.random.default_rng(case.n + case.blocksize)
+    spec = QuantSpec.of((case.n, case.k), case.dtype, case.quant_type, case.blocksize, case.nested)
+    packed = rng.integers(0, 256, spec.packed_shape, np.uint8)
+    absmax = rng.random(spec.absmax_shape, np.float32)
+    arrays = (absmax, None, None)
+    if case.nested:
+        codes = rng.integers(0, 256, spec.absmax_shape, np.uint8)
+        nested = rng.random(-(-codes.size // 256), np.float32)
+        offset = rng.random((), np.float32)
+        arrays = (codes, nested, offset)
+        absmax = oracle.decode_scales(codes, nested, offset, codebooks.DYNAMIC_MAP)
+    expected = oracle.dequantize(
+        packed, absmax, case.quant_type, case.blocksize, spec.shape, case.dtype
+    )
+    on_device = [None if a is None else jnp.asarray(a) for a in arrays]
+    return Params4bit(jnp.asarray(packed), QuantState(*on_device, spec)), expected
+
+
+def f64(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def assert_product(found, a, b, extra=0.0):
+    """`a @ b.T + extra`, to what a float32 sum of K terms in any order and one rounding allow."""
+    exact = f64(a) @ f64(b).T + f64(extra)
+    terms = np.abs(f64(a)) @ np.abs(f64(b)).T + np.abs(f64(extra))
+    # The sums of splits add at most as many roundings again as there are terms.
+    summed = (a.shape[-1] + 16) * 2.0**-24 * terms
+    info = jnp.finfo(found.dtype)
+    rounded = float(info.eps) / 2 * (np.abs(exact) + summed)
+    assert found.shape == exact.shape
+    assert (np.abs(f64(found) - exact) <= summed + rounded + float(info.smallest_subnormal)).all()
+
+
+def check_quantize(case):
+    w = normal(case.n, case.n, case.k, dtype=case.dtype)
+    settings = (case.blocksize, case.nested, case.quant_type)
+    packed, state = run(lambda w: q4jax.quantize_4bit(w, *settings, **INTERPRET), w)
+    blocks = np.asarray(w).astype(np.float32).reshape(-1, case.blocksize)
+    scaled, absmax = zip(*(oracle.scale_block(b, case.blocksize) for b in blocks), strict=True)
+    order = oracle.ORDER[case.quant_type]
+    midpoints = oracle.midpoints(oracle.CODE[case.quant_type][order])
+    codes = np.uint8(order)[np.searchsorted(midpoints, np.stack(scaled), side="left")]
+    expected = codes[:, ::2] << 4 | codes[:, 1::2]
+    assert (packed.dtype, packed.shape) == (jnp.uint8, (case.n, case.k // 2))
+    np.testing.assert_array_equal(np.asarray(packed).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(np.asarray(state.absmax).ravel(), np.float32(absmax))
+
+
+def check_dequantize(case):
+    weight, expected = random_weight(case)
+    found = run(lambda weight: q4jax.dequantize_4bit(weight, **INTERPRET), weight)
+    assert oracle.same_bits(found, expected)
+
+
+def check_linear(case):
+    weight, expected = random_weight(case)
+    x = normal(1, case.m, case.k, dtype=case.dtype)
+    bias = normal(2, case.n) if case.bias else None
+    found = run(lambda *a: q4jax.matmul_4bit(*a[:2], bias=a[2], **INTERPRET), x, weight, bias)
+    assert_product(found, x, expected, 0.0 if bias is None else bias)
+
+
+def check_transposed(case):
+    weight, expected = random_weight(case)
+    g = normal(1, case.m, case.n, dtype=case.dtype)
+
+    def gradient(g, weight):
+        x = jnp.zeros((case.m, case.k), case.dtype)
+        return jax.vjp(functools.partial(matmul, weight), x)[1](g)[0]
+
+    assert_product(run(gradient, g, weight), g, expected.T)
+
+
+def matmul(weight, x):
+    return q4jax.matmul_4bit(x, weight, **INTERPRET)
+
+
+def check(case):
+    """Run a case and compare."""
+    globals()[f"check_{case.operation}"](case)
+
+
+def test_size_of_the_matrix():
+    assert len(set(CASES)) == len(CASES) >= 1000
+    assert {c.operation for c in CASES} == {"quantize", "dequantize", "linear", "transposed"}
+
+
+# The core suite takes every 16th of each operation, and all of them have the marker heavy.
+@pytest.mark.parametrize("case", CASES[::16], ids=lambda c: c.name)
+def test_sample(case):
+    check(case)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("case", [c for i, c in enumerate(CASES) if i % 16], ids=lambda c: c.name)
+def test_matrix(case):
+    check(case)
