@@ -1,4 +1,4 @@
-"""Times q4jax on this CPU against dense XLA, the naive form and, where installed, qwix.
+"""Times q4jax on this CPU against dense XLA, the naive form and, where installed, its peers.
 
     python benchmarks/cpu.py            # prints the table; writes benchmarks/results/cpu.json, .png
     python benchmarks/cpu.py --quick    # fewer sizes and runs
@@ -12,6 +12,7 @@ the faster one is the reference.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -122,10 +123,46 @@ def qwix_forms():
     return quantize, matmul
 
 
-def matmul_cases(size, ms, repeats):
+def bitsandbytes_forms():
+    """(quantize, product, layer) of bitsandbytes on torch, or None where they are not installed.
+
+    `product` is what its layer computes in train mode; `layer` in eval mode, where it repacks the
+    weight and computes in bfloat16 on CPUs with AVX512-BF16; on others it is the same as `product`.
+    """
+    try:
+        import bitsandbytes
+        import torch
+    except ImportError:
+        return None
+
+    def to_torch(x):
+        return torch.from_numpy(np.array(x, np.float32)).to(getattr(torch, x.dtype.name))
+
+    def quantize(w):
+        return bitsandbytes.functional.quantize_4bit(w, blocksize=BLOCKSIZE, quant_type="nf4")
+
+    @torch.no_grad()
+    def product(x, packed, state):
+        return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+
+    def layer(w):
+        linear = bitsandbytes.nn.Linear4bit(
+            w.shape[1], w.shape[0], bias=False, compute_dtype=w.dtype, quant_type="nf4",
+            compress_statistics=False,
+        )  # fmt: skip
+        linear.weight = bitsandbytes.nn.Params4bit(
+            w, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
+        linear = linear.to("cpu").eval()
+        return torch.no_grad()(lambda x: linear(x))
+
+    return to_torch, quantize, product, layer
+
+
+def matmul_cases(rows, size, ms, repeats):
     rng = np.random.default_rng(0)
-    w32 = jnp.asarray(rng.standard_normal((size, size)), jnp.float32)
-    peer = qwix_forms()
+    w32 = jnp.asarray(rng.standard_normal((rows, size)), jnp.float32)
+    peer, other = qwix_forms(), bitsandbytes_forms()
     records = []
     for dtype in (jnp.float32, jnp.bfloat16):
         w = w32.astype(dtype)
@@ -134,6 +171,11 @@ def matmul_cases(size, ms, repeats):
             "dense [out, in]": (lambda x, w: jax.lax.dot_general(x, w, OUT_IN), w),
             "dense [in, out]": (lambda x, w: jax.lax.dot_general(x, w, IN_OUT), w.T.copy()),
             "q4jax": (q4jax.matmul_4bit, packed, state),
+            "q4jax xla": (
+                functools.partial(q4jax.matmul_4bit, implementation="xla"),
+                packed,
+                state,
+            ),
             "naive": (naive_matmul, packed, state.absmax),
         }
         if peer:
@@ -145,8 +187,13 @@ def matmul_cases(size, ms, repeats):
                     name: (jax.jit(wrap(function)), x, *weights)
                     for name, (function, *weights) in forms.items()
                 }
+                if other and label == "forward":
+                    to_torch, quantize, product, layer = other
+                    wt, xt = to_torch(w), to_torch(x)
+                    candidates["bitsandbytes train"] = product, xt, *quantize(wt)
+                    candidates["bitsandbytes eval"] = layer(wt), xt
                 times = measure(candidates, repeats if m < 512 else max(5, repeats // 3))
-                case = f"{label} M={m} {x.dtype.name}"
+                case = f"{label} [{rows}, {size}] M={m} {x.dtype.name}"
                 dense = [name for name in forms if name.startswith("dense")]
                 records += show(rows_from(case, times, dense))
     return records
@@ -154,21 +201,22 @@ def matmul_cases(size, ms, repeats):
 
 def quantize_cases(size, repeats):
     rng = np.random.default_rng(1)
-    peer = qwix_forms()
+    peer, other = qwix_forms(), bitsandbytes_forms()
     records = []
     for dtype in (jnp.float32, jnp.bfloat16):
         w = jnp.asarray(rng.standard_normal((size, size)), dtype)
-
-        def quantize(w):
-            return q4jax.quantize_4bit(w, quant_type="nf4", blocksize=BLOCKSIZE)
+        quantize = functools.partial(q4jax.quantize_4bit, quant_type="nf4", blocksize=BLOCKSIZE)
 
         candidates = {
             "fresh copy": (jax.jit(lambda w: jnp.copy(w)), w),
             "q4jax": (jax.jit(quantize), w),
+            "q4jax xla": (jax.jit(functools.partial(quantize, implementation="xla")), w),
             "naive": (jax.jit(naive_quantize), w),
         }
         if peer:
             candidates["qwix"] = jax.jit(peer[0]), w
+        if other:
+            candidates["bitsandbytes"] = other[1], other[0](w)
         times = measure(candidates, max(5, repeats // 2))
         records += show(rows_from(f"quantize {w.dtype.name}", times, ["fresh copy"]))
     return records
@@ -218,7 +266,7 @@ def environment():
     except (OSError, StopIteration):
         cpu, features = platform.processor(), []
     versions = {}
-    for package in ("jax", "jaxlib", "qwix"):
+    for package in ("jax", "jaxlib", "qwix", "torch", "bitsandbytes"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -228,6 +276,7 @@ def environment():
         "cpu": cpu,
         "features": features,
         "load_average": [round(load, 1) for load in os.getloadavg()],
+        "native": q4jax.native.status().isa,
         "devices": [str(d) for d in jax.devices()],
         "python": platform.python_version(),
         **versions,
@@ -245,7 +294,9 @@ def plot(records, path, title):
         return
     cases = list(dict.fromkeys(r["case"] for r in records))
     forms = [
-        f for f in dict.fromkeys(r["form"] for r in records) if f in ("q4jax", "naive", "qwix")
+        f
+        for f in dict.fromkeys(r["form"] for r in records)
+        if f in ("q4jax", "q4jax xla", "naive", "qwix")
     ]
     ratio = {(r["case"], r["form"]): r["ratio"] for r in records}
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(cases) + 1.5), layout="constrained")
@@ -267,6 +318,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results" / "cpu.json")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
+    parser.add_argument("--rows", type=int, help="rows of the weight in products, if not --size")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="M = 1 and 16 only, 5 runs")
     parser.add_argument(
@@ -280,7 +332,8 @@ def main():
     about = environment()
     print(json.dumps(about))
     records = quantize_cases(args.size, repeats)
-    records += matmul_cases(args.size, (1, 16) if args.quick else (1, 16, 64, 512), repeats)
+    ms = (1, 16) if args.quick else (1, 4, 16, 64, 512)
+    records += matmul_cases(args.rows or args.size, args.size, ms, repeats)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
         json.dumps({**about, "size": args.size, "results": records}, indent=1) + "\n"

@@ -23,8 +23,13 @@ _SOURCES = {
     "pallas": ("q4jax.pallas", "compiled"),
     "pallas_interpret": ("q4jax.pallas", "interpreted"),
     "pallas_where_verified": ("q4jax.pallas", "where_verified"),  # not a caller's name
+    "native": ("q4jax.native.implementation", "always"),
+    "native_where_faster": ("q4jax.native.implementation", "where_faster"),  # not a caller's name
 }
-_PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("pallas_where_verified",)}
+_PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("native_where_faster",),
+    "cuda": ("pallas_where_verified",),
+}
 """platform -> what None tries there, in this order, before "xla"."""
 
 

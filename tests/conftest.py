@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-for folder in ("", "pallas", "gpu"):
+for folder in ("", "pallas", "gpu", "native"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)

@@ -89,7 +89,7 @@ def test_weights_that_are_not_finite(bad, shape, nested):
     np.testing.assert_array_equal(traced_state.absmax, state.absmax)
 
 
-NOT_HERE = ["triton", "native"]
+NOT_HERE = ["triton"]
 
 
 @pytest.mark.parametrize("name", NOT_HERE)
@@ -105,7 +105,7 @@ def test_implementations_of_other_versions(weight, name):
 
 def test_named_implementation(weight):
     named = q4jax.matmul_4bit(X, weight, implementation="xla")
-    np.testing.assert_array_equal(named, q4jax.matmul_4bit(X, weight))
+    np.testing.assert_allclose(named, q4jax.matmul_4bit(X, weight), rtol=1e-5, atol=1e-5)
 
 
 FUNCTIONS = {

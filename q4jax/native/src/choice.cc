@@ -1,0 +1,72 @@
+#include "choice.h"
+
+#include <atomic>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace q4jax {
+namespace {
+
+Tables stored;
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx2", &kAvx2, has_avx2},
+#endif
+    {"portable", &kPortable, always},
+};
+
+std::atomic<const Kernels*> chosen{&kPortable};
+
+}  // namespace
+
+const Tables& tables() { return stored; }
+const Kernels& chosen_kernels() { return *chosen; }
+
+}  // namespace q4jax
+
+// Must be called once, with the size of the argument, before any operation.
+Q4JAX_EXPORT bool q4jax_set_tables(const void* tables, size_t size) {
+  if (size != sizeof q4jax::stored) return false;
+  std::memcpy(&q4jax::stored, tables, size);
+  return true;
+}
+
+// The name of the i-th instruction set that this machine has, best first; null after the last.
+Q4JAX_EXPORT const char* q4jax_isa(int i) {
+  for (const q4jax::Isa& isa : q4jax::kIsas) {
+    if (isa.supported() && i-- == 0) return isa.name;
+  }
+  return nullptr;
+}
+
+// Whether the machine has that instruction set; if so, the operations that follow use it.
+Q4JAX_EXPORT bool q4jax_select(const char* name) {
+  for (const q4jax::Isa& isa : q4jax::kIsas) {
+    if (!std::strcmp(isa.name, name) && isa.supported()) {
+      q4jax::chosen = isa.kernels;
+      return true;
+    }
+  }
+  return false;
+}

@@ -1,0 +1,240 @@
+// y = x W.T + bias. For a few rows of x the weight is decoded in registers and used at once; for
+// more, a tile of it is decoded to memory and multiplied as in any matrix product.
+#pragma once
+
+#include "decode.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace q4jax {
+namespace {
+
+// Below so many products a second thread costs more than it saves.
+constexpr int64_t kSerial = int64_t{1} << 18;
+
+class OneThread final : public Pool {
+ public:
+  int64_t threads() const override { return 1; }
+  void schedule(void (*)(void*), void*) override {}
+};
+
+template <class I, Dtype D>
+class Linear {
+ public:
+  static void run(const Product& p, Pool& pool) {
+    OneThread serial;
+    Pool& used = p.weight.n * p.weight.k * p.m < kSerial ? serial : pool;
+    if (p.m <= kMostDots) {
+      dots(p, used);
+    } else {
+      panels(p, used);
+    }
+  }
+
+ private:
+  using V = typename I::V;
+  using Decoder = typename I::template Decoder<D>;
+  static constexpr int kMostDots = 11, kPass = 8;
+  static constexpr int64_t kGroup = 16;            // rows of the weight to a task
+  static constexpr int64_t kCached = 20 * 1024;    // bytes of x that stay in the first cache
+  static constexpr int64_t kDepth = Tile<I>::kDepth;
+  static constexpr int64_t kWidth = Tile<I>::kWidth;
+  static constexpr int64_t kTileRows = 48;         // a multiple of every I::kRows
+
+  static float bias(const Product& p, int64_t n) {
+    return p.bias ? read(p.bias_dtype, p.bias, n) : 0.0f;
+  }
+
+  // Sums per row of x, so that consecutive additions do not wait for each other.
+  static constexpr int sums(int m) { return m <= 2 ? 4 : m <= 5 ? 2 : 1; }
+
+  // x is laid out as [pass][chunk][row of the pass][kChunk], in the order of decoded chunks.
+  static void dots(const Product& p, Pool& pool) {
+    const Weight& w = p.weight;
+    const Chunks<I> chunks(w);
+    const int64_t padded = chunks.count * I::kChunk;
+    const int64_t passes = ceil_div(p.m, kPass), rows = ceil_div(p.m, passes);
+    const Scratch x(size_t(p.m * padded) * 4);
+    OneThread serial;
+    parallel(p.m * w.k < (1 << 15) ? serial : pool, p.m, [&](int64_t m) {
+      const int64_t first = m / rows * rows, count = smaller(rows, p.m - first);
+      for (int64_t c = 0; c < chunks.count; ++c) {
+        float wide[I::kChunk];
+        load_chunk(p, m, c, wide);
+        float* out = x.floats() + first * padded + (c * count + m - first) * I::kChunk;
+        reorder<I>([&](int i, int element) { out[i] = wide[element]; });
+      }
+    });
+    const Decoder decoder(w.code);
+    parallel(pool, ceil_div(w.n, kGroup), [&](int64_t task) {
+      const int64_t begin = task * kGroup, end = smaller(w.n, begin + kGroup);
+      const Scratch scales(size_t(kGroup * chunks.scales()) * 4);
+      for (int64_t n = begin; n < end; ++n) {
+        row_scales<I>(w, chunks, n, 0, chunks.count,
+                      scales.floats() + (n - begin) * chunks.scales());
+      }
+      for (int64_t m = 0; m < p.m; m += rows) {
+        const Dots d = {p, chunks, decoder, begin, end, scales.floats(), m,
+                        x.floats() + m * padded};
+        some_dots<kPass>(smaller(rows, p.m - m), d);
+      }
+    });
+  }
+
+  // Elements of a chunk of row m of x, zeros behind the last.
+  static void load_chunk(const Product& p, int64_t m, int64_t chunk, float* out) {
+    const int64_t k0 = chunk * I::kChunk, have = smaller(I::kChunk, p.weight.k - k0);
+    for (int64_t i = 0; i < I::kChunk; i += I::kLanes) {
+      I::store(out + i, i < have ? I::template widen<D>(p.x, m * p.weight.k + k0 + i) : I::zero());
+    }
+  }
+
+  // What makes y[m : m + M, begin : end].
+  struct Dots {
+    const Product& p;
+    const Chunks<I>& chunks;
+    const Decoder& decoder;
+    int64_t begin, end;
+    const float* scales;
+    int64_t m;
+    const float* x;
+  };
+
+  // dots_of<count>, for 1 <= count <= M.
+  template <int M>
+  static void some_dots(int64_t count, const Dots& d) {
+    if (count == M) {
+      dots_of<M>(d);
+    } else if constexpr (M > 1) {
+      some_dots<M - 1>(count, d);
+    }
+  }
+
+  template <int M>
+  static void dots_of(const Dots& d) {
+    constexpr int kSums = sums(M);
+    const Product& p = d.p;
+    const Weight& w = p.weight;
+    // Columns in parts, so that x is read from the first cache by all rows.
+    const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);
+    alignas(64) float partial[kGroup][M][kSums][I::kLanes];
+    Decoder decoder = d.decoder;
+    for (int64_t c0 = 0; c0 < d.chunks.count; c0 += part) {
+      const int64_t c1 = smaller(d.chunks.count, c0 + part);
+      for (int64_t n = d.begin; n < d.end; ++n) {
+        V sum[M][kSums];
+        for (int m = 0; m < M; ++m) {
+          for (int s = 0; s < kSums; ++s) {
+            sum[m][s] = c0 ? I::load(partial[n - d.begin][m][s]) : I::zero();
+          }
+        }
+        const float* scales =
+            d.scales + (n - d.begin) * d.chunks.scales() + d.chunks.first_scale(c0);
+        for_chunks(w, d.chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
+                   [&](int64_t c, typename I::Bytes bytes) __attribute__((always_inline)) {
+                     const float* x = d.x + c * M * I::kChunk;
+                     half_chunk<0>(decoder, bytes, x, sum);
+                     half_chunk<1>(decoder, bytes, x + I::kChunk / 2, sum);
+                   });
+        for (int m = 0; m < M; ++m) {
+          for (int s = 0; s < kSums; ++s) I::store(partial[n - d.begin][m][s], sum[m][s]);
+        }
+      }
+    }
+    for (int64_t n = d.begin; n < d.end; ++n) {
+      const float extra = bias(p, n);
+      for (int m = 0; m < M; ++m) {
+        V total = I::load(partial[n - d.begin][m][0]);
+        for (int s = 1; s < kSums; ++s) total = I::add(total, I::load(partial[n - d.begin][m][s]));
+        write(D, p.y, (d.m + m) * w.n + n, I::sum(total) + extra);
+      }
+    }
+  }
+
+  template <int Half, int M, int S>
+  __attribute__((always_inline)) static void half_chunk(const Decoder& decoder,
+                                                        typename I::Bytes bytes, const float* x,
+                                                        V (&sum)[M][S]) {
+    V weight[4];
+    decoder.template decode<Half>(bytes, weight);
+    for (int r = 0; r < 4; ++r) {
+      for (int m = 0; m < M; ++m) {
+        V& to = sum[m][r % S];
+        to = I::fma(weight[r], I::load(x + m * I::kChunk + r * I::kLanes), to);
+      }
+    }
+  }
+
+  // x.T in panels of kWidth columns, [panel][k in the order of chunks][kWidth], then tiles of W.
+  static void panels(const Product& p, Pool& pool) {
+    const Weight& w = p.weight;
+    const Chunks<I> chunks(w);
+    const int64_t padded = chunks.count * I::kChunk, count = ceil_div(p.m, kWidth);
+    const Scratch x(size_t(count * padded * kWidth) * 4);
+    const int64_t step = 16;  // chunks to a task
+    const int64_t steps = ceil_div(chunks.count, step);
+    parallel(pool, count * steps, [&](int64_t task) {
+      const int64_t panel = task / steps, c0 = task % steps * step;
+      const int64_t rows = smaller(kWidth, p.m - panel * kWidth);
+      for (int64_t c = c0; c < smaller(chunks.count, c0 + step); ++c) {
+        pack_chunk(p, panel * kWidth, rows, c,
+                   x.floats() + (panel * padded + c * I::kChunk) * kWidth);
+      }
+    });
+    parallel(pool, ceil_div(w.n, kTileRows), [&](int64_t task) {
+      tile(p, chunks, task * kTileRows, smaller(w.n, (task + 1) * kTileRows), x.floats());
+    });
+  }
+
+  static void pack_chunk(const Product& p, int64_t m0, int64_t rows, int64_t chunk, float* out) {
+    for (int64_t m = 0; m < kWidth; ++m) {
+      float wide[I::kChunk] = {};
+      if (m < rows) load_chunk(p, m0 + m, chunk, wide);
+      reorder<I>([&](int i, int element) { out[i * kWidth + m] = wide[element]; });
+    }
+  }
+
+  // y[:, begin : end].
+  static void tile(const Product& p, const Chunks<I>& chunks, int64_t begin, int64_t end,
+                   const float* x) {
+    constexpr int64_t kSteps = kDepth / I::kChunk;
+    const Weight& w = p.weight;
+    const int64_t padded = chunks.count * I::kChunk, count = ceil_div(p.m, kWidth);
+    const Scratch weight(kTileRows * kDepth * 4), y(size_t(count * kTileRows * kWidth) * 4);
+    Decoder decoder(w.code);
+    for (int64_t c0 = 0; c0 < chunks.count; c0 += kSteps) {
+      const int64_t c1 = smaller(chunks.count, c0 + kSteps);
+      for (int64_t n = begin; n < end; ++n) {
+        float scales[kDepth / 32];
+        row_scales<I>(w, chunks, n, c0, c1, scales);
+        float* out = weight.floats() + (n - begin) * kDepth;
+        for_chunks(w, chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
+                   [&](int64_t c, typename I::Bytes bytes) {
+                     V v[8];
+                     decoder.template decode<0>(bytes, v);
+                     decoder.template decode<1>(bytes, v + 4);
+                     float* at = out + (c - c0) * I::kChunk;
+                     for (int r = 0; r < 8; ++r) I::store(at + r * I::kLanes, v[r]);
+                   });
+      }
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const float* b = x + (panel * padded + c0 * I::kChunk) * kWidth;
+        for (int64_t r = 0; r < end - begin; r += I::kRows) {
+          Tile<I>::template add<false>(smaller(I::kRows, end - begin - r),
+                                       weight.floats() + r * kDepth, b, (c1 - c0) * I::kChunk,
+                                       y.floats() + (panel * kTileRows + r) * kWidth, c0 == 0);
+        }
+      }
+    }
+    for (int64_t m = 0; m < p.m; ++m) {
+      const float* from = y.floats() + m / kWidth * kTileRows * kWidth + m % kWidth;
+      for (int64_t n = begin; n < end; ++n) {
+        write(D, p.y, m * w.n + n, from[(n - begin) * kWidth] + bias(p, n));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace q4jax

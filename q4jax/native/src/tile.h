@@ -1,0 +1,77 @@
+// The inner step of matrix products: a few rows by two vectors, accumulated in registers.
+#pragma once
+
+#include "problem.h"
+
+namespace q4jax {
+namespace {
+
+template <class I>
+struct Tile {
+  using V = typename I::V;
+  static constexpr int64_t kDepth = 256;           // of the contraction at a time
+  static constexpr int64_t kWidth = 2 * I::kLanes;
+
+  // c[rows][kWidth] (+)= a b, with b[depth][kWidth] and rows <= I::kRows. a is [depth][rows] where
+  // Interleaved, else rows that are kDepth apart. Starts from zero where `first`.
+  template <bool Interleaved, int Rows = I::kRows>
+  static void add(int64_t rows, const float* a, const float* b, int64_t depth, float* c,
+                  bool first) {
+    if (rows == Rows) {
+      step<Interleaved, Rows>(a, b, depth, c, first);
+    } else if constexpr (Rows > 1) {
+      add<Interleaved, Rows - 1>(rows, a, b, depth, c, first);
+    }
+  }
+
+ private:
+  template <bool Interleaved, int Rows>
+  static void step(const float* a, const float* b, int64_t depth, float* c, bool first) {
+    constexpr int64_t row = Interleaved ? 1 : kDepth, column = Interleaved ? Rows : 1;
+    V sum[Rows][2], other[Rows][2];
+    for (int r = 0; r < Rows; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        sum[r][half] = first ? I::zero() : I::load(c + r * kWidth + half * I::kLanes);
+        other[r][half] = I::zero();
+      }
+    }
+    int64_t t = 0;
+    if constexpr (Rows <= 2) {  // too few sums to hide the latency of an addition: twice as many
+      for (; t + 1 < depth; t += 2) {
+        once<Rows, row>(a, b, sum);
+        once<Rows, row>(a + column, b + kWidth, other);
+        a += 2 * column;
+        b += 2 * kWidth;
+      }
+    }
+    for (; t < depth; ++t) {
+      once<Rows, row>(a, b, sum);
+      a += column;
+      b += kWidth;
+    }
+    if constexpr (Rows <= 2) {
+      for (int r = 0; r < Rows; ++r) {
+        for (int half = 0; half < 2; ++half) sum[r][half] = I::add(sum[r][half], other[r][half]);
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      I::store(c + r * kWidth, sum[r][0]);
+      I::store(c + r * kWidth + I::kLanes, sum[r][1]);
+    }
+  }
+
+  // sum[r] += a[r] * b, for a scalar of each row and two vectors.
+  template <int Rows, int64_t Stride>
+  __attribute__((always_inline)) static void once(const float* a, const float* b,
+                                                  V (&sum)[Rows][2]) {
+    const V b0 = I::load(b), b1 = I::load(b + I::kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const V v = I::set1(a[r * Stride]);
+      sum[r][0] = I::fma(v, b0, sum[r][0]);
+      sum[r][1] = I::fma(v, b1, sum[r][1]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace q4jax

@@ -1,0 +1,33 @@
+"""The C++ under the compiler's sanitizers, without Python or XLA."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from q4jax.native import library
+
+SOURCES = pathlib.Path(library.__file__).parent / "src"
+compiler = shutil.which("g++")
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(compiler is None, reason="there is no g++")
+@pytest.mark.skipif(not SOURCES.exists(), reason="installed without the sources")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers(sanitizers, tmp_path):
+    (tmp_path / "tables").write_bytes(library.tables())
+    sources = [p for p in SOURCES.glob("*.cc") if p.name != "ffi.cc"]
+    build = [
+        *(compiler, "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"),
+        *(f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{SOURCES}"),
+        *(*map(str, sources), str(pathlib.Path(__file__).with_name("stress.cc"))),
+        *("-o", str(tmp_path / "stress")),
+    ]
+    subprocess.run(build, check=True, timeout=300)
+    run = subprocess.run(
+        [tmp_path / "stress", tmp_path / "tables"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "portable"
