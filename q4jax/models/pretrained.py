@@ -19,6 +19,7 @@ from q4jax.models.config import LlamaConfig
 from q4jax.models.llama import Llama
 from q4jax.models.loading import Loader
 from q4jax.models.names import tensor_names
+from q4jax.models.sharding import LlamaShardings
 from q4jax.spec import float_dtype
 
 # Buffers that old checkpoints carry and that follow from the config.
@@ -49,20 +50,25 @@ def from_pretrained(
       dtype: compute dtype; None: the `bnb_4bit_compute_dtype` of `config.json`, else its `dtype`,
         else that of the weights. Weights keep the dtype they are stored in, norm scales become
         float32.
-      mesh: not implemented yet; pass `sharding`.
+      mesh: where the model goes, split as `LlamaShardings` says; its axes are among "data", "fsdp"
+        and "tensor". What they do not divide is found before weights are read.
       sharding: where arrays go, each straight from the host to its shards: a function of the name
         of a variable, such as `layers.mlp.up_proj.weight.packed`, and its `jax.ShapeDtypeStruct`;
-        or a mapping from names; or one sharding. None: the default device.
+        or a mapping from names; or one sharding. None: `mesh`, or else the default device.
       progress: whether to draw a bar; None: where stderr is a terminal.
 
     Raises:
-      NotImplementedError: `mesh`; a checkpoint quantized by another method (it is named); a model
-        that is not a plain Llama.
+      NotImplementedError: a checkpoint quantized by another method (it is named); a model that is
+        not a plain Llama; a mesh with explicit or manual axes.
+      TypeError: `mesh` is not a `jax.sharding.Mesh`.
       FileNotFoundError, ValueError: files or tensors are missing, unexpected, malformed, of the
-        wrong shape or dtype, or (when quantizing) not finite. The message names them.
+        wrong shape or dtype, or (when quantizing) not finite. The message names them. Both `mesh`
+        and `sharding`; a mesh with other axes, or of sizes that do not divide the weights.
     """
     if mesh is not None:
-        raise NotImplementedError("mesh: pass sharding= to place the variables, and mesh=None")
+        if sharding is not None:
+            raise ValueError("mesh and sharding both say where the variables go; pass one of them")
+        sharding = LlamaShardings(mesh)
     checkpoint = Checkpoint(path)
     if quantization is not None and checkpoint.quantization is not None:
         raise ValueError(f"{path} is quantized already; quantization must be None")
@@ -115,12 +121,19 @@ def _load(
     if quantization is not None:
         decisions = plan_quantization(model, quantization)
         report(decisions)
-        quantized = {decision.path for decision in decisions if decision.quantize}
+        blocksizes = {d.path: quantization.blocksize for d in decisions if d.quantize}
     else:
         specs = tensors.specs if isinstance(tensors, Checkpoint) else {}
-        quantized = {p for p, names in _linear_paths(model).items() if specs.keys() & set(names)}
+        blocksizes = {
+            path: specs[name].blocksize
+            for path, names in _linear_paths(model).items()
+            for name in names
+            if name in specs
+        }
+    if isinstance(sharding, LlamaShardings):
+        sharding.check(model, blocksizes)
     layers_dtype = (quantization and quantization.dtype) or dtypes["dtype"]
-    loader = Loader(tensors, frozenset(quantized), quantization, layers_dtype, sharding, bar)
+    loader = Loader(tensors, frozenset(blocksizes), quantization, layers_dtype, sharding, bar)
     return loader.fill(model)
 
 
