@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -16,6 +17,13 @@ settings.load_profile("q4jax")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=50, help="how often test_kill.py kills a save")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs would add up to several GB over the whole suite."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
