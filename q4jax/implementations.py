@@ -22,6 +22,7 @@ _SOURCES = {
     "xla": ("q4jax.plain", ""),
     "pallas": ("q4jax.pallas", "compiled"),
     "pallas_interpret": ("q4jax.pallas", "interpreted"),
+    "triton": ("q4jax.triton.operations", ""),
 }
 _PREFERRED: dict[str, tuple[str, ...]] = {}
 """platform -> what None tries there, in this order, before "xla"."""

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# Changes Triton for all that imports it; for processes of its own.
+collect_ignore = ["gpu/triton_interpreter.py"]
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
