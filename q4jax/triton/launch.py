@@ -16,9 +16,12 @@ from q4jax.triton.linear import linear as linear_kernel
 from q4jax.triton.plan import Plan
 from q4jax.triton.transposed import transposed as transposed_kernel
 
-# PTX that every assembler since CUDA 12.9 reads: Triton would write for its own, and jax has
-# another. Fusion cannot reach the decode, which is PTX; unset, some versions of Triton warn.
+# Fusion cannot reach the decode, which is PTX; unset, some versions of Triton warn. PTX as every
+# assembler since CUDA 12.9 reads it: Triton would write for its own, and jax has another.
 _OPTIONS = {"enable_fp_fusion": True, "ptx_version": 88}
+_FEW_ROWS = 16
+_ALL_REGISTERS = {"maxnreg": 255}
+"""For more rows than few. The assembler would rather spill some, for more programs at a time."""
 
 
 def linear(x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
@@ -45,12 +48,12 @@ def _batched(operation: str, spec: QuantSpec) -> Callable[..., Array]:
     @product.def_vmap
     def rule(size: int, is_batched: Any, *operands: Any) -> tuple[Array, bool]:
         x, *weight = operands
-        _, *weight_is_batched = is_batched
+        is_batched = tuple(is_batched)
         inner = max(
             a.shape[batched]
             for a, batched in zip(*map(jax.tree.leaves, (operands, is_batched)), strict=True)
         )
-        if any(jax.tree.leaves(weight_is_batched)):
+        if any(jax.tree.leaves(is_batched[1:])):
             merged = jax.tree.map(functools.partial(_merge, size, inner), operands, is_batched)
             y = product(*merged)
             return y.reshape(size, inner, *y.shape[1:]), True
@@ -86,6 +89,7 @@ def _launch(operation: str, spec: QuantSpec, x: Array, arrays: Arrays, bias: Any
     m = x.shape[1]
     plan = Plan.of(operation, m, spec, x.dtype, batched)
     split = plan.tile.splits > 1
+    options = _OPTIONS | (_ALL_REGISTERS if plan.tile.m > _FEW_ROWS else {})
     if operation == "transposed" or split:
         del named["bias"]
     if operation == "linear" and split:
@@ -99,7 +103,7 @@ def _launch(operation: str, spec: QuantSpec, x: Array, arrays: Arrays, bias: Any
         name=f"q4jax_{operation}",
         num_warps=plan.tile.warps,
         num_stages=plan.tile.stages,
-        backend_options=_OPTIONS,
+        backend_options=options,
         m=m,
         PLAN=plan,
         **named,

@@ -215,7 +215,7 @@ def decoded(codes, dtype, quantization):
 
     columns = f(jnp.eye(2 * half, dtype=dtype))
     [rows] = jax.vjp(f, jnp.zeros((n, 2 * half), dtype))[1](jnp.eye(n, dtype=dtype))
-    return _arrays((columns.T, rows, q4jax.dequantize_4bit(*weight, dtype=dtype)))
+    return _arrays((columns.T, rows, q4jax.dequantize_4bit(weight.packed, state, dtype=dtype)))
 
 
 def mapped(case):
