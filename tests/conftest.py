@@ -11,6 +11,9 @@ from hypothesis import settings
 for folder in ("", "pallas", "gpu", "native"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
+# Changes Triton for all that imports it; for processes of its own.
+collect_ignore = ["gpu/triton_interpreter.py"]
+
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")
 
