@@ -89,10 +89,9 @@ class Plan:
         return decode.table_count(self.dtype)
 
     def table_word_asm(self, part: int, word: int) -> str:
-        """PTX of one word of a table, in a scope of its own."""
-        asm = decode.table_word_asm(self.tiling.spec.quant_type, self.dtype, part, word)
-        return f"{{ {asm} }}"
+        """PTX of one word of a table."""
+        return decode.table_word_asm(self.tiling.spec.quant_type, self.dtype, part, word)
 
     def pair_asm(self, byte: int) -> str:
-        """PTX of the weights of one byte of each word, in a scope of its own."""
-        return f"{{ {decode.pair_asm(byte)} }}"
+        """PTX of the weights of one byte of each word."""
+        return decode.pair_asm(byte)

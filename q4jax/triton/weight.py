@@ -10,7 +10,7 @@ from q4jax import codebooks
 from q4jax.pallas import decode
 from q4jax.pallas.weight import HALF as HALF_WIDTH
 
-SCALE_ASM = tl.constexpr(f"{{ {decode.SCALE_ASM} }}")
+SCALE_ASM = tl.constexpr(decode.SCALE_ASM)
 TABLE_WORDS = tl.constexpr(decode.TABLE_WORDS)
 WIDTH = tl.constexpr(HALF_WIDTH)
 NESTED_BLOCKSIZE = tl.constexpr(codebooks.NESTED_BLOCKSIZE)

@@ -61,7 +61,7 @@ _PTX = {
     "cvt.rn.bf16x2.f32": _convert(ml_dtypes.bfloat16),
     "cvt.rn.f16x2.f32": _convert(np.float16),
     "and.b32": np.bitwise_and,
-    "shr.u32": np.right_shift,
+    "mul.hi.u32": lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(np.uint32),
     "prmt.b32": _permute,
     "lop3.b32": _logic,
 }
