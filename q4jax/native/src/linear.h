@@ -37,9 +37,7 @@ class Linear {
   using Decoder = typename I::template Decoder<D>;
   static constexpr int kMostDots = 8, kPass = 8;
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
-  // Bytes of x that are used for one row of the weight before the next: long runs of codes matter
-  // more than the first cache where little is computed with each.
-  static constexpr int64_t cached(int m) { return (m <= 4 ? 64 : 32) * 1024; }
+  static constexpr int64_t kCached = 256 * 1024;  // bytes of x that stay in the second cache
   static constexpr int64_t kDepth = Tile<I>::kDepth;
   static constexpr int64_t kWidth = Tile<I>::kWidth;
   static constexpr int64_t kAhead = 4;             // rows whose codes are fetched meanwhile
@@ -119,7 +117,7 @@ class Linear {
     constexpr int kSums = sums(M);
     const Product& p = d.p;
     const Weight& w = p.weight;
-    const int64_t part = larger(cached(M) / (4 * M * I::kChunk), 1);  // chunks
+    const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);  // chunks, for all rows
     alignas(64) float partial[kGroup][M][kSums][I::kLanes];
     Decoder decoder = d.decoder;
     for (int64_t c0 = 0; c0 < d.chunks.count; c0 += part) {
