@@ -13,7 +13,7 @@ from q4jax.spec import QuantSpec
 from q4jax.state import QuantState
 
 if TYPE_CHECKING:
-    from q4jax import checkpoint, models, native
+    from q4jax import checkpoint, interop, models, native
     from q4jax.convert import dequantize_model, plan_quantization, quantize_model
     from q4jax.digests import fingerprint
     from q4jax.layers import (
@@ -58,6 +58,7 @@ __all__ = [  # noqa: RUF022
     "merge_lora",
     "fingerprint",
     "checkpoint",
+    "interop",
     "models",
     "native",
 ]
@@ -81,7 +82,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "models", "native"):
+    if name in ("checkpoint", "interop", "models", "native"):
         return importlib.import_module(f"q4jax.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'q4jax' has no attribute {name!r}")

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax import Array
 
@@ -70,7 +70,7 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
     lead = shape[: len(shape) - len(spec.shape)]
     blocks = math.prod(lead) * math.prod(spec.absmax_shape)
     _check_flat("absmax", codes, np.uint8 if is_nested else np.float32, blocks, spec)
-    absmax = jnp.asarray(codes.reshape(*lead, *spec.absmax_shape))
+    absmax = _on_device(codes.reshape(*lead, *spec.absmax_shape))
     if not is_nested:
         return absmax, None, None, spec
 
@@ -86,7 +86,12 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
     nested_blocks = -(-blocks // codebooks.NESTED_BLOCKSIZE)
     _check_flat("nested_absmax", nested_absmax, np.float32, nested_blocks, spec)
     offset = _float("nested_offset", items["nested_offset"])
-    return absmax, jnp.asarray(nested_absmax.reshape(-1)), jnp.float32(offset), spec
+    return absmax, _on_device(nested_absmax.reshape(-1)), _on_device(np.float32(offset)), spec
+
+
+def _on_device(array: Any) -> Array:
+    """A copy as a JAX array; `jnp.asarray` would compile a program for each new shape."""
+    return jax.device_put(np.array(array))
 
 
 def _unpacked(d: dict[str, Any]) -> dict[str, Any]:

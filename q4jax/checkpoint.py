@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from q4jax import header
-from q4jax.trees import Leaves, Path, find_weights, in_weight, leaves, map_leaves, name_of, nest
+from q4jax.adapters import adapter_state, with_adapters
+from q4jax.rebuild import Place, Places, rebuild, take_apart
+
+__all__ = ["adapter_state", "restore", "restore_step", "save", "save_args", "with_adapters"]
 
 # The two items of a checkpoint.
 ARRAYS, HEADER = "arrays", "q4jax"
@@ -129,11 +130,7 @@ def save_args(tree: Any) -> ocp.args.Composite:
       >>> steps, restored["x"]
       ([2, 3], Array([4., 4.], dtype=float32))
     """
-    found = leaves(tree)
-    signed = header.write(found)
-    arrays = {name_of(p): header.data_of(leaf) for p, leaf in found.items() if _is_array(leaf)}
-    if not arrays:
-        raise ValueError("tree holds no array to save")
+    arrays, signed = take_apart(tree)
     items = {ARRAYS: ocp.args.PyTreeSave(arrays), HEADER: ocp.args.JsonSave(signed)}
     return ocp.args.Composite(**items)
 
@@ -159,25 +156,20 @@ def restore_step(
 
 
 def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
-    """Header, comparison, arrays, verification, tree: in this order."""
-    entries = header.read(_read_header(read, where), where)
-    wanted: dict[str, Any] = {}
-    if target is not None:
-        found = leaves(target)
-        header.compare(entries, found)
-        wanted = {name_of(path): leaf for path, leaf in found.items()}
-    arrays = _read_arrays(read, entries, wanted)
-    for path, array in arrays.items():
-        header.check(path, array, entries[path], verify, where)
-    values = {
-        path: _value(entry, arrays.get(path), wanted.get(name_of(path)))
-        for path, entry in entries.items()
-    }
-    if target is not None:
-        named = {name_of(path): value for path, value in values.items()}
-        return map_leaves(lambda path, leaf, _: named[name_of(path)], target)
-    weights = find_weights(values)
-    return nest({p: x for p, x in values.items() if not in_weight(p, weights)} | weights)
+    def read_arrays(places: Places) -> dict[str, Any]:
+        wanted = {name: _restore_args(place) for name, place in places.items()}
+        request = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
+        arrays: dict[str, Any] = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
+        return arrays
+
+    return rebuild(_read_header(read, where), read_arrays, where, target, verify)
+
+
+def _restore_args(place: Place) -> ocp.RestoreArgs:
+    """The same in Orbax's words. No dtype: Orbax would cast to it."""
+    if isinstance(place, np.ndarray):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=place.sharding)
 
 
 def _read_header(read: _Read, where: str) -> Any:
@@ -187,36 +179,6 @@ def _read_header(read: _Read, where: str) -> Any:
         raise ValueError(f"{where} is not a checkpoint of q4jax: no item {HEADER!r}") from None
     except ValueError as error:
         raise ValueError(f"{where} is corrupted or incomplete: {error}") from None
-
-
-def _read_arrays(read: _Read, entries: dict[Path, Any], wanted: dict[str, Any]) -> Leaves:
-    stored = {name_of(path): path for path, entry in entries.items() if "data" in entry}
-    places = {name: _place(name, entries[at], wanted.get(name)) for name, at in stored.items()}
-    request = ocp.args.PyTreeRestore(item=dict.fromkeys(places, 0), restore_args=places)
-    arrays = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
-    return {path: arrays[name] for name, path in stored.items()}
-
-
-def _place(name: str, entry: header.Entry, wanted: Any) -> ocp.RestoreArgs:
-    """Where an array goes. No dtype: Orbax would cast to it."""
-    if isinstance(wanted, np.ndarray | np.generic) or (wanted is None and entry["kind"] == "numpy"):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    dtype = entry["data"].partition("[")[0]
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{name} is {entry['data']}, which JAX holds with jax_enable_x64 only")
-    sharding = getattr(wanted, "sharding", None) if entry["kind"] != "key" else None
-    return ocp.ArrayRestoreArgs(sharding=sharding or jnp.zeros(()).sharding)
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype")
-
-
-def _value(entry: header.Entry, array: Any, wanted: Any) -> Any:
-    if entry["kind"] == "key":
-        key = jax.random.wrap_key_data(array, impl=entry["impl"])
-        return jax.device_put(key, getattr(wanted, "sharding", None))
-    return array if "data" in entry else entry["value"]
 
 
 def _current(path: epath.Path) -> epath.Path:

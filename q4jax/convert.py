@@ -201,11 +201,12 @@ def quantize_model(model: M, config: QuantConfig | None = None, **overrides: Any
     if already:
         raise ValueError(f"model is quantized already: {', '.join(already) or '(root)'}")
     quantized = replace_modules(model, replace)
-    _report(decisions)
+    report(decisions)
     return quantized
 
 
-def _report(decisions: list[Decision]) -> None:
+def report(decisions: list[Decision]) -> None:
+    """Logs what happens to each layer and why; ValueError where none is quantized."""
     if not any(decision.quantize for decision in decisions):
         found = "; ".join(map(str, decisions)) or "it has no layer with a weight"
         raise ValueError(f"quantize_model matched no layer of the model: {found}")

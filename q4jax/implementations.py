@@ -22,10 +22,15 @@ _SOURCES = {
     "xla": ("q4jax.plain", ""),
     "pallas": ("q4jax.pallas", "compiled"),
     "pallas_interpret": ("q4jax.pallas", "interpreted"),
+    "pallas_where_verified": ("q4jax.pallas", "where_verified"),  # not a caller's name
+    "triton": ("q4jax.triton.operations", ""),
     "native": ("q4jax.native.implementation", "always"),
     "native_where_faster": ("q4jax.native.implementation", "where_faster"),  # not a caller's name
 }
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("native_where_faster",)}
+_PREFERRED: dict[str, tuple[str, ...]] = {
+    "cpu": ("native_where_faster",),
+    "cuda": ("pallas_where_verified",),
+}
 """platform -> what None tries there, in this order, before "xla"."""
 
 
@@ -34,7 +39,6 @@ def resolve(implementation: str | None) -> str | None:
 
     Raises:
       ValueError: no such implementation.
-      NotImplementedError: one that this version cannot run.
     """
     if implementation is None:
         return None
@@ -42,11 +46,6 @@ def resolve(implementation: str | None) -> str | None:
     if implementation not in names:
         allowed = ", ".join(map(repr, names))
         raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
-    if implementation not in _SOURCES:
-        raise NotImplementedError(
-            f"implementation={implementation!r} is not part of this version; "
-            f"it has {', '.join(repr(name) for name in names if name in _SOURCES)}"
-        )
     return implementation
 
 

@@ -115,7 +115,10 @@ class Linear4bit(_Quantized):
         self.implementation = implementation
         self._spec((out_features, in_features))
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        self._store(jnp.swapaxes(kernel, -1, -2), "kernel")
+        if isinstance(kernel, Params4bit):
+            self.weight = freeze(kernel)
+        else:
+            self._store(jnp.swapaxes(kernel, -1, -2), "kernel")
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
 
@@ -125,6 +128,34 @@ class Linear4bit(_Quantized):
         x = x if self.dtype is None else x.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
         return matmul_4bit(x, weight, bias=bias, implementation=self.implementation)
+
+    @classmethod
+    def from_weight(cls, weight: Params4bit, *, dtype: DTypeLike | None = None) -> Self:
+        """A layer without bias on a weight that is quantized already.
+
+        Args:
+          weight: a matrix `[out, in]`, or a stack of them.
+          dtype: compute dtype, and that of the result; None: the input's.
+
+        Raises:
+          ValueError: the weight is no matrix, or its arrays do not fit its description.
+
+        Example:
+          >>> import jax.numpy as jnp, q4jax
+          >>> weight = q4jax.Params4bit.quantize(jnp.ones((32, 64)), quant_type="nf4")
+          >>> q4jax.Linear4bit.from_weight(weight)(jnp.ones((1, 64))).shape
+          (1, 32)
+        """
+        spec = Params4bit.of(weight, None).quant_state.spec
+        if len(spec.shape) != 2:
+            raise ValueError(f"weight must be a matrix or a stack of them, got {weight!r}")
+        settings: dict[str, Any] = {"quant_type": spec.quant_type} if cls is Linear4bit else {}
+        settings |= {"param_dtype": spec.dtype, "blocksize": spec.blocksize, "use_bias": False}
+        settings |= {"compress_statistics": spec.nested, "kernel_init": lambda *_: weight}
+        layer = cls(spec.shape[1], spec.shape[0], dtype=dtype, rngs=nnx.Rngs(0), **settings)
+        if layer.quant_type != spec.quant_type:
+            raise ValueError(f"{cls.__name__} is {layer.quant_type}, the weight is {spec.tag()}")
+        return layer
 
     @classmethod
     def from_linear(cls, linear: nnx.Linear, *, name: str = "kernel", **settings: Any) -> Self:

@@ -1,7 +1,7 @@
 """LoRA adapters beside frozen layers, and their merge."""
 
 import math
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ M = TypeVar("M")
 
 
 class LoRALinear4bit(nnx.Module):
-    """A linear layer with a low-rank adapter: `base(x) + x @ lora_a @ lora_b * alpha / rank`.
+    """A linear layer with a low-rank adapter: `base(x) + dropout(x) @ lora_a @ lora_b * scale`.
 
     `lora_a` and `lora_b` are `nnx.LoRAParam`s: train them with `nnx.DiffState(0, nnx.LoRAParam)`
     and `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`.
@@ -25,6 +25,8 @@ class LoRALinear4bit(nnx.Module):
       base: the frozen layer; where its weight is stacked, so are the adapters.
       rank: inner width.
       alpha: numerator of the scale.
+      rslora: the scale is `alpha / sqrt(rank)` and not `alpha / rank`.
+      dropout: share of the adapter's input that is zeroed; not after `model.eval()`.
       param_dtype: dtype of the adapters. They compute in the dtype of the base's result.
       rngs: random streams. `lora_a` starts uniform in ±1/sqrt(in_features), `lora_b` at zero.
     """
@@ -35,6 +37,8 @@ class LoRALinear4bit(nnx.Module):
         rank: int,
         alpha: float,
         *,
+        rslora: bool = False,
+        dropout: float = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -45,22 +49,41 @@ class LoRALinear4bit(nnx.Module):
         self.base = base
         self.rank = rank
         self.alpha = alpha
+        self.rslora = rslora
+        self.dropout = nnx.data(_dropout(dropout, lead, rngs) if dropout else None)
         self.lora_a = nnx.LoRAParam(uniform)
         self.lora_b = nnx.LoRAParam(jnp.zeros((*lead, rank, base.out_features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         """`[..., in_features]` to `[..., out_features]` in the base's compute dtype."""
         y = self.base(x)
+        x = x if self.dropout is None else self.dropout(x)
         low = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
         delta = low @ self.lora_b[...].astype(y.dtype)
-        return y + delta * jnp.asarray(self.alpha / self.rank, y.dtype)
+        return y + delta * jnp.asarray(self.scale, y.dtype)
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def merged_kernel(self) -> Array:
         """float32 `[*lead, in, out]`: the decoded weight plus the adapter."""
         kernel = jnp.swapaxes(dequantize_stacked(self.base.weight), -1, -2).astype(jnp.float32)
         low, high = (v[...].astype(jnp.float32) for v in (self.lora_a, self.lora_b))
         delta = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
-        return kernel + delta * (self.alpha / self.rank)
+        return kernel + delta * self.scale
+
+
+def _dropout(rate: float, lead: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Dropout:
+    """A dropout with a random stream for each layer of a stack."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Dropout:
+        return nnx.Dropout(rate, rngs=rngs)
+
+    for size in reversed(lead):
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make))
+    return make(rngs)
 
 
 def add_lora(
@@ -69,6 +92,8 @@ def add_lora(
     alpha: float,
     *,
     targets: tuple[str, ...] | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs | None = None,
 ) -> M:
@@ -80,6 +105,9 @@ def add_lora(
       alpha: the adapters' output is scaled by `alpha / rank`.
       targets: names or dotted paths of the layers to adapt, such as ("q_proj", "v_proj"); None:
         every one.
+      rslora: scale by `alpha / sqrt(rank)`, so that ranks compare (arXiv:2312.03732).
+      dropout: share of an adapter's input that is zeroed while it is trained: until
+        `model.eval()`, and again after `model.train()`.
       param_dtype: dtype of the adapters.
       rngs: random streams; None: `nnx.Rngs(0)`.
 
@@ -87,7 +115,8 @@ def add_lora(
       The new model. Its outputs are those of `model` until the adapters are trained.
 
     Raises:
-      ValueError: rank is no positive integer, no layer matched, or there are adapters already.
+      ValueError: rank is no positive integer, dropout is not in [0, 1), no layer matched, or there
+        are adapters already.
 
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
 
@@ -103,6 +132,9 @@ def add_lora(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+    settings: dict[str, Any] = {"rslora": rslora, "dropout": dropout, "param_dtype": param_dtype}
     streams = nnx.Rngs(0) if rngs is None else rngs
     matched: list[str] = []
     seen: list[str] = []
@@ -116,7 +148,7 @@ def add_lora(
         if targets is not None and not any(f".{t}." in f".{path}." for t in targets):
             return module
         matched.append(path)
-        return LoRALinear4bit(module, rank, alpha, param_dtype=param_dtype, rngs=streams)
+        return LoRALinear4bit(module, rank, alpha, rngs=streams, **settings)
 
     adapted = replace_modules(model, replace)
     if not matched:

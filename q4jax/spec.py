@@ -23,7 +23,7 @@ def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
     """`value` as one of float32, float16, bfloat16; ValueError naming the argument otherwise."""
     try:
         dtype = np.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # the last of texts such as ","
         dtype = None
     if dtype is None or dtype not in FLOAT_DTYPES:
         shown = value if dtype is None else dtype.name

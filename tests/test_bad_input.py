@@ -93,7 +93,7 @@ NOT_HERE = ["triton"]
 
 
 @pytest.mark.parametrize("name", NOT_HERE)
-def test_implementations_of_other_versions(weight, name):
+def test_an_implementation_that_is_not_installed(weight, name):
     for call in (
         lambda: q4jax.quantize_4bit(W, implementation=name),
         lambda: q4jax.dequantize_4bit(weight, implementation=name),

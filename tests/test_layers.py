@@ -305,3 +305,18 @@ def test_a_module_may_hold_a_bare_params4bit():
 
     graphdef, state = nnx.split(Mine())
     assert nnx.merge(graphdef, state).weight.quant_state.spec.tag() == "fp4_b64_n0_float32_4x64"
+
+
+def test_a_layer_on_a_weight_that_is_quantized_already(rng):
+    w = jnp.asarray(rng.normal(size=(32, 64)).astype("f4"))
+    weight = q4jax.Params4bit.quantize(w, 32, True, "nf4")
+    layer = q4jax.Linear4bit.from_weight(weight, dtype=jnp.bfloat16)
+    assert layer.weight.packed.get_value() is weight.packed
+    y = layer(jnp.ones((2, 64)))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, q4jax.matmul_4bit(jnp.ones((2, 64), jnp.bfloat16), weight))
+    assert type(q4jax.LinearNF4.from_weight(weight)) is q4jax.LinearNF4
+    with pytest.raises(ValueError, match="LinearFP4 is fp4, the weight is nf4_b32_n256_"):
+        q4jax.LinearFP4.from_weight(weight)
+    with pytest.raises(ValueError, match="weight must be a matrix or a stack of them"):
+        q4jax.Linear4bit.from_weight(q4jax.Params4bit.quantize(jnp.ones((2, 3, 5))))

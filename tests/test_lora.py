@@ -165,3 +165,43 @@ def test_golden_peft(quant_type):
     codes = np.asarray(merged.weight.packed[...]).ravel()
     differing = (codes != d["merged_packed"].ravel()).sum()
     assert differing <= (3 if nested else 0)
+
+
+def test_dropout_is_on_in_training_only():
+    plain = q4jax.quantize_model(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+    model = q4jax.add_lora(plain, 4, 8.0, dropout=0.5)
+    model.lora_b[...] = jnp.ones((4, 32))
+    x = jnp.ones((2, 64))
+    first, second = model(x), model(x)
+    assert jnp.abs(first - second).max() > 0
+    model.eval()
+    np.testing.assert_array_equal(model(x), model(x))
+    model.dropout = None
+    still = q4jax.add_lora(plain, 4, 8.0)
+    still.lora_b[...] = jnp.ones((4, 32))
+    np.testing.assert_array_equal(model(x), still(x))
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, got 1"):
+        q4jax.add_lora(plain, 4, 8.0, dropout=1)
+
+
+def test_dropout_differs_between_stacked_layers():
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def stack(rngs):
+        return nnx.Linear(64, 64, rngs=rngs)
+
+    model = q4jax.add_lora(q4jax.quantize_model(stack(nnx.Rngs(0))), 4, 8.0, dropout=0.5)
+    masks = nnx.vmap(lambda layer: layer.dropout(jnp.ones(64)))(model)
+    assert masks.shape == (2, 64)
+    assert set(np.unique(masks)) == {0.0, 2.0}
+    assert (masks[0] != masks[1]).any()
+
+
+def test_rank_stabilized_scale():
+    plain = q4jax.quantize_model(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+    model = q4jax.add_lora(plain, 16, 8.0, rslora=True)
+    model.lora_a[...], model.lora_b[...] = jnp.ones((64, 16)), jnp.ones((16, 32))
+    delta = model(jnp.ones((1, 64))) - model.base(jnp.ones((1, 64)))
+    np.testing.assert_allclose(delta, 64 * 16 * 8 / 4, rtol=1e-6)
+    merged = q4jax.merge_lora(model)
+    np.testing.assert_allclose(merged(jnp.ones((1, 64))), model(jnp.ones((1, 64))), rtol=1e-6)

@@ -117,6 +117,7 @@ def test_frozen():
         ("blocksize", "64", "blocksize '64'"),
         ("blocksize", [64], r"blocksize \[64\]"),
         ("nested_blocksize", 128, r"nested_blocksize must be 0 \(plain\) or 256, got 128"),
+        ("dtype", ",", "dtype must be float32, float16 or bfloat16, got ,"),
         ("dtype", "float64", "dtype must be float32, float16 or bfloat16, got float64"),
         ("dtype", "int8", "dtype must be .* got int8"),
         ("dtype", "float", "dtype must be .* got float64"),

@@ -14,13 +14,16 @@ _ONLY = {
     "partial_rotary_factor": (1.0,),
     "sliding_window": (None,),
 }
-_REQUIRED = (
+_REQUIRED: tuple[str, ...] = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
 )
+# The largest size of anything: what int32 indices reach.
+_LARGEST = 2**31 - 1
+_MAX_NUMBER = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class RopeScaling:
           NotImplementedError: the rope type is not `default`, `linear` or `llama3`.
           ValueError: a value that the rope type needs is missing.
         """
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
         needed = {
             "default": (),
             "linear": ("factor",),
@@ -58,7 +61,10 @@ class RopeScaling:
             raise ValueError(f"rope_type {kind!r} needs {missing}, got {dict(rope)}")
         if kind == "default":
             return None
-        return cls(kind, **{name: rope[name] for name in needed[kind]})
+        checks: dict[str, Any] = {
+            f.name: _size if f.type is int else _number for f in dataclasses.fields(cls)
+        }
+        return cls(kind, **{name: checks[name](name, rope[name]) for name in needed[kind]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +114,8 @@ class LlamaConfig:
             )
         # transformers 5 keeps all that concerns rope in one dict; 4 had rope_theta beside it.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_parameters must be an object, got {rope!r}")
         for key, allowed in _ONLY.items():
             value = config.get(key, rope.get(key, allowed[0]))
             if value not in allowed:
@@ -116,11 +124,15 @@ class LlamaConfig:
         if missing:
             raise ValueError(f"config.json of a llama lacks {missing}")
 
-        heads = config["num_attention_heads"]
-        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-        values["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-        values["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-        values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if config.get(field.name) is not None and field.type in _CHECKS:
+                values[field.name] = _CHECKS[field.type](field.name, config[field.name])
+        heads = values["num_attention_heads"]
+        values.setdefault("num_key_value_heads", heads)
+        values.setdefault("head_dim", values["hidden_size"] // heads)
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        values["rope_theta"] = _number("rope_theta", theta)
         values["rope_scaling"] = RopeScaling.from_hf(rope)
         return cls(**values)
 
@@ -136,3 +148,24 @@ class LlamaConfig:
             "hidden_act": "silu",
             "rope_parameters": {"rope_theta": values.pop("rope_theta"), **scaling},
         }
+
+
+def _size(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+_CHECKS: Mapping[Any, Any] = {int: _size, float: _number, bool: _flag}

@@ -1,28 +1,30 @@
-"""Llama models from and to local Hugging Face directories, in full precision."""
+"""Llama models from local Hugging Face directories, in full precision or in 4 bits."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.config import QuantConfig
-from q4jax.convert import quantize_model
+from q4jax.convert import plan_quantization, report, walk_modules
+from q4jax.interop.checkpoint_files import Checkpoint
+from q4jax.interop.placement import Placement
+from q4jax.interop.progress import Progress
 from q4jax.models.config import LlamaConfig
-from q4jax.models.files import TensorFiles, write_tensors
 from q4jax.models.llama import Llama
-from q4jax.models.names import LEAVES, VariablePath, is_stacked, is_transposed, tensor_names
+from q4jax.models.loading import Loader
+from q4jax.models.names import tensor_names
+from q4jax.models.sharding import LlamaShardings
+from q4jax.spec import float_dtype
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-_FLOATS = ("float32", "float16", "bfloat16")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def from_pretrained(
@@ -30,38 +32,54 @@ def from_pretrained(
     quantization: QuantConfig | None = None,
     dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    *,
+    sharding: Placement | None = None,
+    progress: bool | None = None,
 ) -> Llama:
-    """Loads a Llama from a directory with `config.json` and safetensors in f32, f16 or bf16.
+    """Loads a Llama from a directory with `config.json` and safetensors.
+
+    The directory is in float32, float16 or bfloat16, or its projections are 4-bit as
+    bitsandbytes writes them. Files are read tensor by tensor: the host holds the model and at most
+    a few of its largest tensors at a time.
 
     Args:
       path: the directory; `model.safetensors`, or `model.safetensors.index.json` and its
         shards.
-      quantization: how to quantize the projections to 4 bits; None: not at all.
-      dtype: compute dtype; None: the `dtype` of `config.json`, else that of the weights.
-        Weights keep the dtype they are stored in, norm scales become float32.
-      mesh: not implemented yet.
+      quantization: how to quantize the projections of a model in full precision to 4 bits; None:
+        not at all.
+      dtype: compute dtype; None: the `bnb_4bit_compute_dtype` of `config.json`, else its `dtype`,
+        else that of the weights. Weights keep the dtype they are stored in, norm scales become
+        float32.
+      mesh: where the model goes, split as `LlamaShardings` says; its axes are among "data", "fsdp"
+        and "tensor". What they do not divide is found before weights are read.
+      sharding: where arrays go, each straight from the host to its shards: a function of the name
+        of a variable, such as `layers.mlp.up_proj.weight.packed`, and its `jax.ShapeDtypeStruct`;
+        or a mapping from names; or one sharding. None: `mesh`, or else the default device.
+      progress: whether to draw a bar; None: where stderr is a terminal.
 
     Raises:
-      NotImplementedError: `mesh`, a checkpoint quantized already, or a model that is not a plain
-        Llama.
-      FileNotFoundError, ValueError: files or tensors are missing, unexpected, of the wrong shape or
-        dtype, or (when quantizing) not finite. The message names them.
+      NotImplementedError: a checkpoint quantized by another method (it is named); a model that is
+        not a plain Llama; a mesh with explicit or manual axes.
+      TypeError: `mesh` is not a `jax.sharding.Mesh`.
+      FileNotFoundError, ValueError: files or tensors are missing, unexpected, malformed, of the
+        wrong shape or dtype, or (when quantizing) not finite. The message names them. Both `mesh`
+        and `sharding`; a mesh with other axes, or of sizes that do not divide the weights.
     """
     if mesh is not None:
-        raise NotImplementedError("mesh: from_pretrained loads onto one device; pass mesh=None")
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no Hugging Face model: it has no config.json")
-    hf_config = json.loads((folder / "config.json").read_text())
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"].get("quant_method")
-        raise NotImplementedError(
-            f"{folder} is quantized already (quant_method={method!r}); from_pretrained reads "
-            "full-precision checkpoints and quantizes them: quantization=q4jax.QuantConfig(...)"
-        )
-    config = LlamaConfig.from_hf(hf_config)
-    stored = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    return from_tensors(config, TensorFiles(folder), quantization, dtype or stored)
+        if sharding is not None:
+            raise ValueError("mesh and sharding both say where the variables go; pass one of them")
+        sharding = LlamaShardings(mesh)
+    checkpoint = Checkpoint(path)
+    if quantization is not None and checkpoint.quantization is not None:
+        raise ValueError(f"{path} is quantized already; quantization must be None")
+    config = LlamaConfig.from_hf(checkpoint.config)
+    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if not isinstance(stored, str | None):
+        raise ValueError(f"dtype of config.json must be a text, got {stored!r}")
+    written = None if checkpoint.quantization is None else checkpoint.quantization.dtype
+    dtype = next((choice for choice in (dtype, written, stored) if choice is not None), None)
+    with Progress("load", checkpoint.nbytes, progress) as bar:
+        return _load(config, checkpoint, quantization, dtype, sharding, bar)
 
 
 def from_tensors(
@@ -69,104 +87,91 @@ def from_tensors(
     tensors: Mapping[str, np.ndarray],
     quantization: QuantConfig | None = None,
     dtype: DTypeLike | None = None,
+    *,
+    sharding: Placement | None = None,
 ) -> Llama:
     """Builds a Llama from arrays under Hugging Face's names, projections as `[out, in]`.
 
     `tensors` may read lazily: each is looked up once, and dropped before the next. Other
     arguments and errors are those of `from_pretrained`.
     """
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **_dtypes(tensors, dtype)))
-    graphdef, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    _check_names(config, flat, tensors)
-
-    loaded = {}
-    for path, variable in flat.items():
-        value = _assemble(path, variable.shape, tensors, config, quantization is not None)
-        loaded[path] = variable.replace(jnp.array(value))
-    model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
-    return model if quantization is None else quantize_model(model, quantization)
+    bar = Progress("load", 0, show=False)
+    return _load(config, tensors, quantization, dtype, sharding, bar)
 
 
-def save_pretrained(
-    model: Llama, path: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000
-) -> None:
-    """Writes a dense Llama as `from_pretrained` and transformers read it.
+def _load(
+    config: LlamaConfig,
+    tensors: Mapping[str, Any],
+    quantization: QuantConfig | None,
+    dtype: DTypeLike | None,
+    sharding: Placement | None,
+    bar: Progress,
+) -> Llama:
+    if config.num_hidden_layers > len(tensors):  # before a name is made for each
+        raise ValueError(
+            f"num_hidden_layers={config.num_hidden_layers}, but there are {len(tensors)} tensors"
+        )
+    stored = _embedding_dtype(tensors)
+    dtypes: dict[str, Any] = {
+        "param_dtype": stored,
+        "dtype": float_dtype(stored if dtype is None else dtype),
+    }
+    model: Llama = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **dtypes))
+    _check_names(model, tensors)
+    if quantization is not None:
+        decisions = plan_quantization(model, quantization)
+        report(decisions)
+        blocksizes = {d.path: quantization.blocksize for d in decisions if d.quantize}
+    else:
+        specs = tensors.specs if isinstance(tensors, Checkpoint) else {}
+        blocksizes = {
+            path: specs[name].blocksize
+            for path, names in _linear_paths(model).items()
+            for name in names
+            if name in specs
+        }
+    if isinstance(sharding, LlamaShardings):
+        sharding.check(model, blocksizes)
+    layers_dtype = (quantization and quantization.dtype) or dtypes["dtype"]
+    loader = Loader(tensors, frozenset(blocksizes), quantization, layers_dtype, sharding, bar)
+    return loader.fill(model)
 
-    Raises:
-      TypeError: the model holds variables that are not dense weights; the message names one.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    for variable_path, variable in nnx.to_flat_state(nnx.state(model)):
-        if type(variable) is not nnx.Param or variable_path[-1] not in LEAVES:
-            raise TypeError(
-                f"save_pretrained writes dense models; {'.'.join(map(str, variable_path))} is a "
-                f"{type(variable).__name__}: merge adapters and dequantize first"
-            )
-        names = tensor_names(variable_path, model.config.num_hidden_layers)
-        value = np.asarray(variable[...])
-        parts = value if is_stacked(variable_path) else value[None]
-        for name, part in zip(names, parts, strict=True):
-            tensors[name] = part.T if is_transposed(variable_path) else part
 
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder, max_shard_bytes)
-    stored = tensors["model.embed_tokens.weight"].dtype
-    config = model.config.to_hf() | {"dtype": str(stored)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+def _linear_paths(model: Llama) -> dict[str, list[str]]:
+    """The linear layers: dotted path to the tensors of the weight."""
+    layers = model.config.num_hidden_layers
+    return {
+        path: tensor_names((*path.split("."), "kernel"), layers)
+        for path, module in walk_modules(model)
+        if isinstance(module, nnx.Linear)
+    }
 
 
-def _dtypes(tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None) -> dict[str, Any]:
-    """The dtypes to build the model with: the embedding's stands for that of all weights."""
-    embedding = tensors.get("model.embed_tokens.weight", np.empty(0, np.float32))
-    return {"param_dtype": embedding.dtype, "dtype": jnp.dtype(dtype or embedding.dtype)}
+def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
+    """The dtype to build the model with: the embedding's stands for that of all weights."""
+    if _EMBEDDING not in tensors:
+        raise ValueError(f"tensors missing: [{_EMBEDDING!r}]")
+    layouts = tensors.tensors.layouts if isinstance(tensors, Checkpoint) else tensors
+    if isinstance(tensors, Checkpoint) and _EMBEDDING in tensors.specs:
+        raise ValueError(f"{_EMBEDDING} is 4-bit, but not the weight of a linear layer")
+    return float_dtype(layouts[_EMBEDDING].dtype, f"dtype of {_EMBEDDING}")
 
 
-def _check_names(
-    config: LlamaConfig, variables: Mapping[VariablePath, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    """Raises unless the model's tensors and the checkpoint's have the same names."""
-    expected = {n for path in variables for n in tensor_names(path, config.num_hidden_layers)}
+def _check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
+    """ValueError unless the model's tensors and the checkpoint's have the same names."""
+    layers = model.config.num_hidden_layers
+    expected = {
+        name
+        for path, _ in nnx.to_flat_state(nnx.state(model))
+        for name in tensor_names(path, layers)
+    }
     found = {name for name in tensors if not _DERIVED.search(name)}
     missing, unexpected = sorted(expected - found), sorted(found - expected)
-    tied = "lm_head.weight"
     if (
-        config.tie_word_embeddings
-        and tied in unexpected
-        and np.array_equal(tensors[tied], tensors["model.embed_tokens.weight"])
+        model.config.tie_word_embeddings
+        and _HEAD in unexpected
+        and np.array_equal(tensors[_HEAD], tensors[_EMBEDDING])
     ):
-        unexpected.remove(tied)
+        unexpected.remove(_HEAD)
     if missing or unexpected:
         raise ValueError(f"tensors missing: {missing}; tensors unexpected: {unexpected}")
-
-
-def _assemble(
-    path: VariablePath,
-    shape: tuple[int, ...],
-    tensors: Mapping[str, np.ndarray],
-    config: LlamaConfig,
-    check_finite: bool,
-) -> np.ndarray:
-    """The value of one variable: its tensor, or its layers' stacked; transposed if need be."""
-    value, stored = np.empty(0), None
-    for index, name in enumerate(tensor_names(path, config.num_hidden_layers)):
-        tensor = tensors[name]
-        if tensor.dtype.name not in _FLOATS:
-            raise ValueError(f"{name} is {tensor.dtype}; allowed are {', '.join(_FLOATS)}")
-        if check_finite and not np.isfinite(tensor).all():
-            raise ValueError(f"{name} has NaN or inf, which cannot be quantized")
-        part = tensor.T if is_transposed(path) else tensor
-        wanted = shape[1:] if is_stacked(path) else shape
-        if part.shape != wanted:
-            right = wanted[::-1] if is_transposed(path) else wanted
-            raise ValueError(f"{name} is {tensor.shape}; the config asks for {right}")
-        if index == 0:
-            stored = tensor.dtype
-            value = np.empty(shape, np.float32 if path[-1] == "scale" else stored)
-        if tensor.dtype != stored:
-            raise ValueError(
-                f"{name} is {tensor.dtype}, but the same weight of layer 0 is {stored}"
-            )
-        (value[index] if is_stacked(path) else value)[...] = part
-    return value

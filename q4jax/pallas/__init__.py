@@ -1,6 +1,7 @@
 """The GPU kernels: the implementations "pallas" and, the same interpreted, "pallas_interpret"."""
 
-from q4jax.pallas.operations import Operations
+from q4jax.pallas.operations import Operations, WhereVerified
 
 compiled = Operations("pallas")
 interpreted = Operations("pallas_interpret")
+where_verified = WhereVerified("pallas")

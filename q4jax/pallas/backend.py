@@ -26,8 +26,12 @@ def triton(implementation: str = "pallas") -> Any:
         ) from None
 
 
-def check_devices() -> None:
-    """NotImplementedError where a GPU that is visible is older than Ampere (sm_80)."""
+def check_devices(implementation: str = "pallas") -> None:
+    """NotImplementedError where a GPU that is visible is older than Ampere (sm_80).
+
+    Args:
+      implementation: which one asks, for the error.
+    """
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
         if device.platform != "gpu" or not isinstance(capability, str):
@@ -35,6 +39,6 @@ def check_devices() -> None:
         major, _, minor = capability.partition(".")
         if major.isdigit() and int(major) < 8:
             raise NotImplementedError(
-                f"implementation='pallas' needs compute capability 8.0 (Ampere) or newer; "
-                f"{device.device_kind} has {major}.{minor}; 'xla' and None work"
+                f"implementation={implementation!r} needs compute capability 8.0 (Ampere) or "
+                f"newer; {device.device_kind} has {major}.{minor}; 'xla' and None work"
             )

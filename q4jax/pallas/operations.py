@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -61,3 +62,31 @@ class Operations:
             return kernel(*args, spec=spec, interpret=True, **static)
         backend.check_devices()
         return kernel_call(self.name, kernel, *args, spec=spec, interpret=False, **static)
+
+
+class WhereVerified(Operations):
+    """The kernels where they have been seen right on this kind of GPU, and are the faster way.
+
+    For more rows than the table's crossover, decoding the weight for one dense product is.
+    """
+
+    def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+        """As named, up to the crossover."""
+        self._check_rows("linear", x)
+        return super().linear(x, arrays, bias, spec=spec)
+
+    def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+        """As named, up to the crossover."""
+        self._check_rows("transposed", g)
+        return super().transposed(g, arrays, spec=spec)
+
+    def _check_rows(self, operation: str, x: Array) -> None:
+        most = tiles.crossover(operation, x.dtype)
+        if x.shape[0] > most:
+            raise NotImplementedError(f"a dense product is faster for more than {most} rows")
+
+    def _run(self, kernel: Callable[..., Any], spec: QuantSpec, *args: Any, **static: Any) -> Any:
+        kinds = {device.device_kind for device in jax.devices() if device.platform == "gpu"}
+        if not kinds or not kinds <= set(tiles.verified()):
+            raise NotImplementedError("the kernels are not verified on these devices")
+        return super()._run(kernel, spec, *args, **static)

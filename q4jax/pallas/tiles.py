@@ -1,9 +1,12 @@
 """Sizes of tiles, from a table."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.resources
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +31,40 @@ class Tile:
     splits: int = 1
 
 
+_tried: contextvars.ContextVar[Tile | None] = contextvars.ContextVar("tile", default=None)
+
+
 @functools.cache
 def _table() -> dict[str, Any]:
     return json.loads(importlib.resources.files("q4jax.pallas").joinpath("tiles.json").read_text())
+
+
+@contextlib.contextmanager
+def override(tile: Tile) -> Iterator[None]:
+    """Within it, and within this thread, every product that is traced takes this tile.
+
+    Only its `splits` are chosen as ever. This is for measuring: what `jit` has traced before keeps
+    the tile it was traced with.
+    """
+    token = _tried.set(tile)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+def verified() -> tuple[str, ...]:
+    """Kinds of GPUs on which the kernels have been seen to be right; docs/gpu.md has the ledger."""
+    return tuple(_table()["verified"])
+
+
+def crossover(operation: str, dtype: Any) -> int:
+    """The largest M at which the kernel is faster than dequantizing and a dense product."""
+    return _table()["crossover"][operation][_dtype_class(dtype)]
+
+
+def _dtype_class(dtype: Any) -> str:
+    return "float32" if np.dtype(dtype).itemsize == 4 else "16 bits"
 
 
 def choose(operation: str, m: int, shape: tuple[int, ...], dtype: Any) -> Tile:
@@ -42,10 +76,9 @@ def choose(operation: str, m: int, shape: tuple[int, ...], dtype: Any) -> Tile:
       shape: of the weight.
       dtype: the compute dtype.
     """
-    name = "float32" if np.dtype(dtype).itemsize == 4 else "16 bits"
-    rows = _table()[operation][name]
+    rows = _table()[operation][_dtype_class(dtype)]
     _, *sizes = next((row for row in rows if m <= row[0]), rows[-1])
-    tile = Tile(*sizes)
+    tile = _tried.get() or Tile(*sizes)
     n, k = shape
     if operation == "linear":
         programs, steps = -(-m // tile.m) * -(-n // tile.n), -(-k // tile.k)

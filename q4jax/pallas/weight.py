@@ -164,7 +164,10 @@ def decode_words(words: Array, tables_: list[list[Array]], dtype: Any) -> Array:
 def decode_tile(
     refs: dict[str, Any], tiling: Tiling, row: Any, tile: Any, dtype: Any
 ) -> list[Array]:
-    """The halves of a tile, each `dtype` [rows, units * 32]; what lies outside the weight is 0.
+    """The halves of a tile, each `dtype` [rows, units * 32].
+
+    What lies outside the weight is finite where the weight is; it meets zeros of the other operand
+    or makes results that are not stored.
 
     Args:
       refs: the operands.

@@ -14,8 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from test_kernels import QUICK, assert_product, normal
 
 import q4jax
-from q4jax import Params4bit, implementations
-from q4jax.pallas import backend, tiles
+from q4jax import Params4bit
+from q4jax.pallas import backend, operations, tiles
 
 KERNELS = {"implementation": "pallas_interpret"}
 GPU = {"implementation": "pallas"}
@@ -192,16 +192,29 @@ def test_none_takes_xla_on_a_gpu(weight):
     assert "triton" not in text
 
 
-def test_preferred_implementations(weight, monkeypatch):
-    """A kernel that is preferred is taken on its platform, and left without noise for a call that
-    it cannot serve."""
-    monkeypatch.setattr(implementations, "_PREFERRED", {"cuda": ("pallas",)})
-    jax.clear_caches()
-    call = CALLS["matmul_4bit"]
-    assert "q4jax_linear" in lower_for_gpu(lambda w: call(w), weight)
-    assert_product(jax.jit(call)(weight), jnp.ones((2, 192)), weight.dequantize())
+def test_none_takes_a_verified_kernel(weight, monkeypatch):
+    """On a GPU of the ledger, up to the crossover, and without noise for a call that the kernels
+    cannot serve; on another platform never."""
+    gpu = types.SimpleNamespace(
+        platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200", id=0
+    )
+    monkeypatch.setattr(operations.jax, "devices", lambda: [gpu])
     flat = Params4bit.quantize(normal(0, 70, 192), 128, False, "nf4")
-    assert "triton" not in lower_for_gpu(lambda w: call(w), flat)
+
+    def kernels(weight, rows=2):
+        jax.clear_caches()
+        call = lambda w: q4jax.matmul_4bit(jnp.ones((rows, 192)), w)  # noqa: E731
+        return lower_for_gpu(call, weight).count("__gpu$xla.gpu.triton")
+
+    assert kernels(weight) == 0
+    monkeypatch.setattr(tiles, "verified", lambda: ("NVIDIA H200",))
+    assert kernels(weight) == 1
+    most = tiles.crossover("linear", "float32")
+    assert (kernels(weight, most), kernels(weight, most + 1)) == (1, 0)
+    assert kernels(flat) == 0
+    assert_product(jax.jit(CALLS["matmul_4bit"])(weight), jnp.ones((2, 192)), weight.dequantize())
+    monkeypatch.setattr(tiles, "verified", lambda: ("NVIDIA A100",))
+    assert kernels(weight) == 0
     jax.clear_caches()
 
 

@@ -1,0 +1,7 @@
+"""`python -m q4jax`: inspect, verify and convert checkpoints."""
+
+import sys
+
+from q4jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,165 @@
+"""PEFT's `adapter_config.json` of a LoRA."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# What changes what is computed, or what the files hold, and is not implemented here.
+_UNSERVED = (
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out"),
+    *("kasa_config", "layer_replication", "lora_bias", "megatron_config", "modules_to_save"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
+    *("use_dora", "use_qalora", "velora_config"),
+)
+# What matters while an adapter is made, or says what the names of its tensors say too.
+_IGNORED = {
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config"),
+    *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
+    *("task_type", "target_modules"),
+}
+_READ = {
+    *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type"),
+    *("r", "rank_pattern", "use_rslora"),
+}
+# Those that leave the base weights as they are; "pissa" and its like subtract from them.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """How the adapters of a model are scaled.
+
+    Attributes:
+      rank: inner width.
+      alpha: numerator of the scale.
+      rslora: the scale is `alpha / sqrt(rank)` and not `alpha / rank`.
+      dropout: share of an adapter's input that is zeroed in training.
+      ranks: other ranks, by name of a module or a regular expression for it.
+      alphas: other alphas, the same way.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of the adapter of a module, by PEFT's dotted name."""
+        return _of(self.ranks, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Its alpha."""
+        return _of(self.alphas, module, self.alpha)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "AdapterConfig":
+        """Reads the content of an `adapter_config.json`.
+
+        Raises:
+          NotImplementedError: another method than LoRA, or a variant that is not implemented.
+          ValueError: an entry that is unknown and set, or of the wrong kind.
+
+        Example:
+          >>> AdapterConfig.from_json({"peft_type": "LORA", "r": 8, "lora_alpha": 16}).rank
+          8
+        """
+        if config.get("peft_type") != "LORA":
+            raise NotImplementedError(f"peft_type {config.get('peft_type')!r}: only LORA is read")
+        for key in _UNSERVED:
+            if config.get(key):
+                raise NotImplementedError(f"{key}={config[key]!r} is not implemented")
+        if config.get("bias", "none") != "none":
+            raise NotImplementedError(f"bias={config['bias']!r}: only 'none' is implemented")
+        start = config.get("init_lora_weights", True)
+        if not any(start is known or start == known for known in _STARTS):
+            raise NotImplementedError(
+                f"init_lora_weights={start!r} changes the base weights, which is not implemented"
+            )
+        known = {*_UNSERVED, *_IGNORED, *_READ}
+        unknown = sorted(k for k, value in config.items() if k not in known and value)
+        if unknown:
+            raise ValueError(f"unknown entries in an adapter config: {unknown}")
+        return cls(
+            rank=_rank("r", config.get("r", 8)),
+            alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
+            rslora=_flag("use_rslora", config.get("use_rslora", False)),
+            dropout=_dropout(config.get("lora_dropout", 0.0)),
+            ranks=_patterns("rank_pattern", config.get("rank_pattern"), _rank),
+            alphas=_patterns("alpha_pattern", config.get("alpha_pattern"), _number),
+        )
+
+    def to_json(self, targets: list[str], base: str | None) -> dict[str, Any]:
+        """The content of an `adapter_config.json` that PEFT reads."""
+        return {
+            "alpha_pattern": dict(self.alphas),
+            "base_model_name_or_path": base,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "rank_pattern": dict(self.ranks),
+            "target_modules": targets,
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": self.rslora,
+        }
+
+
+def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        # A name that ends the module's, or the regular expression that PEFT makes of it.
+        if f".{module}".endswith(f".{pattern}") or _matches(pattern, module):
+            return value
+    return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Of regular expressions only "^", an escaped dot and digits, which is what people write."""
+    simple = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if re.fullmatch(r"[\w.-]+", simple) is None:
+        raise NotImplementedError(f"the pattern {pattern!r} is not implemented")
+    return module == simple
+
+
+def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, got {value!r}")
+    return {key: check(f"{name} of {key}", entry) for key, entry in value.items()}
+
+
+def _rank(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 2**20:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    number: float = value
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def _dropout(value: Any) -> float:
+    number = _number("lora_dropout", value)
+    if not 0 <= number < 1:
+        raise ValueError(f"lora_dropout must be at least 0 and below 1, got {value!r}")
+    return number

@@ -1,0 +1,230 @@
+"""Safetensors files, read strictly: the header is checked before a byte of it is believed."""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# The format's own limit.
+_MAX_HEADER = 100_000_000
+_MAX_AXES, _MAX_NAME = 32, 4096
+_LARGEST = 2**63 - 1
+# jax and XLA keep what starts at such an address where it is, instead of copying it once more.
+_ALIGNMENT = 64
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "C64": np.dtype(np.complex64),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+}
+"""The format's dtypes, in the order in which its own writer sorts them, least first."""
+
+
+class Entry(NamedTuple):
+    """One tensor: what it is, and where its bytes are in the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.stop - self.start
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """The tensors of one safetensors file; each is read, into memory of its own, when looked up.
+
+    Only the header is read at first. A tensor's array starts on a 64-byte boundary, so
+    `jax.device_put` takes it on a CPU without another copy.
+
+    Args:
+      path: a regular file, or a link to one.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not safetensors to the letter: its header is too long, is not JSON,
+        gives a key twice, or describes tensors that do not fill the file exactly, without gap and
+        without overlap; when a tensor is read, the file has changed.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> from safetensors.numpy import save_file
+      >>> path = tempfile.mkdtemp() + "/x.safetensors"
+      >>> save_file({"a": np.arange(3)}, path)
+      >>> TensorFile(path)["a"]
+      array([0, 1, 2])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            # Before it is opened: to open a pipe would be to wait for a writer.
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise ValueError(f"{self.path} is not a regular file")
+        except ValueError as error:  # a zero byte in the name, too
+            raise ValueError(str(error)) from None
+        with open(self.path, "rb", buffering=0) as file:
+            self._identity = _identity(file.fileno())
+            size = self._identity[-1]
+            length = int.from_bytes(_read(file, 8, self.path), "little") if size >= 8 else -1
+            if not 0 <= length <= min(size - 8, _MAX_HEADER):
+                raise ValueError(
+                    f"{self.path} is not a safetensors file: {size} bytes cannot hold a header of "
+                    f"{length}"
+                )
+            text = _read(file, length, self.path)
+        try:
+            header = json.loads(text.decode(), object_pairs_hook=_unique)
+            self.metadata, self.entries = _entries(header, 8 + length, size)
+        except (ValueError, RecursionError) as error:  # of the JSON, or of the UTF-8
+            raise ValueError(f"{self.path} has a malformed header: {error}") from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        array = aligned_empty(entry.shape, entry.dtype)
+        self.read_into(name, array)
+        return array
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads the bytes of a tensor into `out`, contiguous and as large."""
+        entry = self.entries[name]
+        if out.nbytes != entry.nbytes or not out.flags.c_contiguous:
+            raise ValueError(f"{name} takes {entry.nbytes} contiguous bytes, out has {out.nbytes}")
+        if not entry.nbytes:
+            return
+        with open(self.path, "rb", buffering=0) as file:
+            if _identity(file.fileno()) != self._identity:
+                raise ValueError(f"{self.path} was changed while it was read")
+            file.seek(entry.start)
+            _read_into(file, out.reshape(-1).view(np.uint8), self.path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array without values that starts on a 64-byte boundary."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    skip = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[skip : skip + size].view(dtype).reshape(shape)
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object that gives no key twice; ValueError, naming `what`, for anything else."""
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _entries(header: Any, origin: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata and tensors; the tensors' bytes are those from `origin` to `size`."""
+    if not isinstance(header, dict):
+        raise ValueError(f"it must be a JSON object, got {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not texts:
+        raise ValueError("__metadata__ must hold texts by name")
+    entries = {name: _entry(name, fields, origin) for name, fields in header.items()}
+    end = origin
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            raise ValueError(
+                f"{name!r} starts at byte {entry.start}, the tensor before it ends at {end}"
+            )
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of a file of {size}")
+    return metadata, entries
+
+
+def _entry(name: str, fields: Any, origin: int) -> Entry:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} is not a name in Unicode") from None
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name!r} has an unknown dtype")
+    if not _sizes(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{name!r} has no valid shape")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r} has no valid data_offsets")
+    start, stop = offsets
+    itemsize = DTYPES[dtype].itemsize
+    # Of a shape with an empty axis too: numpy counts the others.
+    if math.prod(n for n in shape if n) * itemsize > _LARGEST:
+        raise ValueError(f"{name!r} has an absurd shape")
+    if math.prod(shape) * itemsize != stop - start:
+        raise ValueError(
+            f"{name!r}: {dtype}{shape} takes {math.prod(shape) * itemsize} bytes, its data_offsets "
+            f"are {offsets}"
+        )
+    return Entry(DTYPES[dtype], tuple(shape), origin + start, origin + stop)
+
+
+def _sizes(values: Any) -> bool:
+    """Whether `values` is a list of integers from 0 to 2**63 - 1."""
+    return isinstance(values, list) and all(type(n) is int and 0 <= n <= _LARGEST for n in values)
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _read(file: Any, count: int, path: Path) -> bytes:
+    buffer = np.empty(count, np.uint8)
+    _read_into(file, buffer, path)
+    return buffer.tobytes()
+
+
+def _read_into(file: Any, buffer: np.ndarray, path: Path) -> None:
+    view = memoryview(buffer.data)
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise ValueError(f"{path} ended while it was read")
+        view = view[count:]
