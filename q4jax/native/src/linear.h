@@ -35,12 +35,13 @@ class Linear {
  private:
   using V = typename I::V;
   using Decoder = typename I::template Decoder<D>;
-  static constexpr int kMostDots = 11, kPass = 8;
+  static constexpr int kMostDots = 8, kPass = 8;
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
-  static constexpr int64_t kCached = 20 * 1024;    // bytes of x that stay in the first cache
+  static constexpr int64_t kCached = 256 * 1024;  // bytes of x that stay in the second cache
   static constexpr int64_t kDepth = Tile<I>::kDepth;
   static constexpr int64_t kWidth = Tile<I>::kWidth;
-  static constexpr int64_t kTileRows = 48;         // a multiple of every I::kRows
+  static constexpr int64_t kAhead = 4;             // rows whose codes are fetched meanwhile
+  static constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // rows; multiples of I::kRows
 
   static float bias(const Product& p, int64_t n) {
     return p.bias ? read(p.bias_dtype, p.bias, n) : 0.0f;
@@ -116,8 +117,7 @@ class Linear {
     constexpr int kSums = sums(M);
     const Product& p = d.p;
     const Weight& w = p.weight;
-    // Columns in parts, so that x is read from the first cache by all rows.
-    const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);
+    const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);  // chunks, for all rows
     alignas(64) float partial[kGroup][M][kSums][I::kLanes];
     Decoder decoder = d.decoder;
     for (int64_t c0 = 0; c0 < d.chunks.count; c0 += part) {
@@ -131,9 +131,11 @@ class Linear {
         }
         const float* scales =
             d.scales + (n - d.begin) * d.chunks.scales() + d.chunks.first_scale(c0);
+        const uint8_t* ahead = w.packed + smaller(n + kAhead / 2, w.n - 1) * (w.k / 2);
         for_chunks(w, d.chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) __attribute__((always_inline)) {
                      const float* x = d.x + c * M * I::kChunk;
+                     I::prefetch(ahead + c * (I::kChunk / 2));
                      half_chunk<0>(decoder, bytes, x, sum);
                      half_chunk<1>(decoder, bytes, x + I::kChunk / 2, sum);
                    });
@@ -182,8 +184,11 @@ class Linear {
                    x.floats() + (panel * padded + c * I::kChunk) * kWidth);
       }
     });
-    parallel(pool, ceil_div(w.n, kTileRows), [&](int64_t task) {
-      tile(p, chunks, task * kTileRows, smaller(w.n, (task + 1) * kTileRows), x.floats());
+    // All of x is read for each tile: large ones, but several for each thread.
+    const int64_t shared = w.n / (8 * pool.threads()) / kLeastTile * kLeastTile;
+    const int64_t size = smaller(larger(shared, kLeastTile), kLargestTile);
+    parallel(pool, ceil_div(w.n, size), [&](int64_t task) {
+      tile(p, chunks, task * size, smaller(w.n, (task + 1) * size), x.floats());
     });
   }
 
@@ -201,7 +206,9 @@ class Linear {
     constexpr int64_t kSteps = kDepth / I::kChunk;
     const Weight& w = p.weight;
     const int64_t padded = chunks.count * I::kChunk, count = ceil_div(p.m, kWidth);
-    const Scratch weight(kTileRows * kDepth * 4), y(size_t(count * kTileRows * kWidth) * 4);
+    const int64_t size = ceil_div(end - begin, I::kRows) * I::kRows;
+    const Scratch weight(size_t(size * kDepth) * 4);      // [n][kDepth]
+    const Scratch y(size_t(count * size * kWidth) * 4);  // [panel][n][kWidth]
     Decoder decoder(w.code);
     for (int64_t c0 = 0; c0 < chunks.count; c0 += kSteps) {
       const int64_t c1 = smaller(chunks.count, c0 + kSteps);
@@ -209,6 +216,8 @@ class Linear {
         float scales[kDepth / 32];
         row_scales<I>(w, chunks, n, c0, c1, scales);
         float* out = weight.floats() + (n - begin) * kDepth;
+        const uint8_t* ahead = w.packed + smaller(n + kAhead, w.n - 1) * (w.k / 2);
+        for (int64_t c = c0; c < c1; c += 128 / I::kChunk) I::prefetch(ahead + c * I::kChunk / 2);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) {
                      V v[8];
@@ -223,12 +232,12 @@ class Linear {
         for (int64_t r = 0; r < end - begin; r += I::kRows) {
           Tile<I>::template add<false>(smaller(I::kRows, end - begin - r),
                                        weight.floats() + r * kDepth, b, (c1 - c0) * I::kChunk,
-                                       y.floats() + (panel * kTileRows + r) * kWidth, c0 == 0);
+                                       y.floats() + (panel * size + r) * kWidth, c0 == 0);
         }
       }
     }
     for (int64_t m = 0; m < p.m; ++m) {
-      const float* from = y.floats() + m / kWidth * kTileRows * kWidth + m % kWidth;
+      const float* from = y.floats() + m / kWidth * size * kWidth + m % kWidth;
       for (int64_t n = begin; n < end; ++n) {
         write(D, p.y, m * w.n + n, from[(n - begin) * kWidth] + bias(p, n));
       }
