@@ -110,7 +110,7 @@ def crossovers(bench, table, ms):
 
 def save(table, path=TABLE):
     """Write the table as it is laid out: a tile a line."""
-    lines = [f'  "programs": {table["programs"]},', f'  "steps": {table["steps"]},']
+    lines = [f'  "{k}": {json.dumps(table[k])},' for k in ("programs", "steps", "verified")]
     crossings = [f'    "{k}": {json.dumps(v)}' for k, v in table["crossover"].items()]
     lines.append('  "crossover": {\n' + ",\n".join(crossings) + "\n  },")
     operations = []
