@@ -41,7 +41,7 @@ def random_weight(case):
     if case.nested:
         codes = rng.integers(0, 256, spec.absmax_shape, np.uint8)
         nested = rng.random(-(-codes.size // 256), np.float32)
-        offset = rng.random((), np.float32)
+        offset = 1 + rng.random((), np.float32)  # no scale is negative
         arrays = (codes, nested, offset)
         absmax = oracle.decode_scales(codes, nested, offset, codebooks.DYNAMIC_MAP)
     expected = oracle.dequantize(
