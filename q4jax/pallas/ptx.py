@@ -2,8 +2,8 @@
 
 `inline` puts a few PTX instructions into a Triton kernel, one run for each element. XLA's CPU
 backend has no such thing, so a lowering for CPU is registered. It takes the meaning in jax.numpy
-that comes with the text, because a program of single instructions takes ten times as long to
-compile; `emulate` runs the text itself, and the tests hold the two together.
+that comes with the text, because single instructions make a program about three times as large;
+`emulate` runs the text itself, and the tests hold the two together.
 """
 
 import functools
