@@ -124,11 +124,14 @@ MATVECS = [c for c in CELLS if c.operation == "linear" and c.m <= 16 and c.dtype
 
 @pytest.mark.parametrize("cell", [c for c in MATVECS if c.blocksize >= 64], ids=lambda c: c.name)
 def test_decode_instructions(gpu, cell):
-    """The limits of the matvec: 2.9 ALU instructions and 5.8 issue slots a weight on Hopper."""
+    """The limits of the matvec: 2.9 ALU instructions and 5.8 issue slots a weight on Hopper.
+
+    On Blackwell jax 0.10.2 mixes more arithmetic of addresses into the loop.
+    """
     decode, alu, issued = per_weight(cell, kernel_of(gpu, cell))
-    assert decode <= 2.65, decode
-    assert alu <= 2.9, alu
-    assert issued <= (5.0 if gpu == "sm_90" else 6.5 if gpu != "sm_100" else 8.0), issued
+    assert decode <= (2.8 if gpu == "sm_100" else 2.65), decode
+    assert alu <= (3.1 if gpu == "sm_100" else 2.9), alu
+    assert issued <= {"sm_90": 5.0, "sm_100": 8.0}.get(gpu, 6.5), issued
 
 
 def test_a_split_sum_is_one_small_kernel_more(gpu):
