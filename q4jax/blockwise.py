@@ -18,7 +18,7 @@ from q4jax import codebooks
 from q4jax.spec import QuantSpec
 
 # Above this, 1 / absmax is subnormal, which XLA flushes to zero.
-_LARGEST_RECIPROCAL = 2.0**126
+LARGEST_RECIPROCAL = 2.0**126
 
 
 class Arrays(NamedTuple):
@@ -60,7 +60,7 @@ def _scale_blocks(flat: Array, blocksize: int) -> tuple[Array, Array]:
     column = absmax[:, None]
     # A subnormal absmax is zero to XLA's arithmetic: such a block is a zero block.
     scaled = blocks * jnp.where(column == 0, 0, 1.0 / column)
-    by_division = column > _LARGEST_RECIPROCAL
+    by_division = column > LARGEST_RECIPROCAL
     if flat.size % blocksize:
         by_division |= (jnp.arange(count) == count - 1)[:, None] & (column > 0)
     return jnp.where(by_division, divide(blocks, column), scaled), absmax
@@ -118,14 +118,20 @@ def quantize_flat(w: Array, spec: QuantSpec) -> tuple[Array, Array]:
     return pack(codes), absmax
 
 
+def in_layout(
+    w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSpec
+) -> tuple[Array, Array]:
+    """Codes and scales in the spec's layout; leading axes of `w_shape` stay as axes."""
+    lead = w_shape[: len(w_shape) - len(spec.shape)]
+    return packed.reshape(*lead, *spec.packed_shape), absmax.reshape(*lead, *spec.absmax_shape)
+
+
 def finish(w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSpec) -> Arrays:
     """The arrays in the spec's layout, the scales double-quantized where the spec says so.
 
-    Leading axes of `w_shape` stay as axes, and the nested statistics are shared by all of them.
+    Nested statistics are shared by all leading axes of `w_shape`.
     """
-    lead = w_shape[: len(w_shape) - len(spec.shape)]
-    packed = packed.reshape(*lead, *spec.packed_shape)
-    absmax = absmax.reshape(*lead, *spec.absmax_shape)
+    packed, absmax = in_layout(w_shape, packed, absmax, spec)
     if not spec.nested:
         return Arrays(packed, absmax, None, None)
     return Arrays(packed, *_quantize_absmax(absmax))
@@ -155,10 +161,16 @@ def decode_absmax(absmax: Array, nested_absmax: Array | None, offset: Array | No
 def decode_absmax_at(index: Array, codes: Array, nested_absmax: Array, offset: Array) -> Array:
     """Float32 scales from their 8-bit codes; `index` says which blocks of the weight they are."""
     scales = nested_absmax[index // codebooks.NESTED_BLOCKSIZE]
-    product = jnp.asarray(codebooks.DYNAMIC_MAP)[codes] * scales
-    # Two roundings: a compiler would contract the product into the sum. No entry of the map
-    # exceeds 1, so the clip changes nothing, which the compiler cannot know.
-    return jnp.clip(product, -scales, scales) + offset
+    return scale(jnp.asarray(codebooks.DYNAMIC_MAP)[codes], scales, offset)
+
+
+def scale(value: Array, nested: Array, offset: Array) -> Array:
+    """An entry of the 8-bit map times its nested scale, plus the offset: two roundings.
+
+    A compiler would contract the product into the sum. No entry of the map exceeds 1, so the clip
+    changes nothing, which the compiler cannot know.
+    """
+    return jnp.clip(value * nested, -nested, nested) + offset
 
 
 def dequantize(arrays: Arrays, spec: QuantSpec, dtype: DTypeLike) -> Array:

@@ -2,7 +2,7 @@
 
 An implementation is a module or an object with four functions on arrays:
 
-    quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in any shape
+    quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in the spec's layout
     dequantize(arrays, *, spec, dtype) -> w      in the weight's full shape
     linear(x, arrays, bias, *, spec) -> y        x @ W.T + bias: [M, K] -> [M, N] in x's dtype
     transposed(g, arrays, *, spec) -> dx         g @ W: [M, N] -> [M, K] in g's dtype
@@ -72,8 +72,6 @@ def call(implementation: str | None, operation: str, *args: Any, **static: Any) 
     branches = {
         platform: functools.partial(first_of, names) for platform, names in _PREFERRED.items()
     }
-    if not branches:
-        return first_of((), *args)
     return lax.platform_dependent(*args, default=functools.partial(first_of, ()), **branches)
 
 

@@ -2,9 +2,9 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -17,19 +17,21 @@ _FLAT_TILE_ROWS = 256
 
 
 def quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-    """Codes and plain scales, of the spec's sizes but in any shape."""
+    """Codes and plain scales, in the spec's layout."""
     flat = functools.partial(blockwise.quantize_flat, spec=spec)
-    if not spec.in_rows:
-        return flat(w)
     rows = functools.partial(
         xla.quantize_rows, quant_type=spec.quant_type, blocksize=spec.blocksize
     )
-    shapes = jax.eval_shape(rows, w)
 
-    def default(w):
-        return tuple(a.reshape(s.shape) for a, s in zip(flat(w), shapes, strict=True))
+    def in_layout(
+        quantize: Callable[[Array], tuple[Array, Array]], w: Array
+    ) -> tuple[Array, Array]:
+        return blockwise.in_layout(w.shape, *quantize(w), spec)
 
-    return lax.platform_dependent(w, cpu=rows, default=default)
+    default = functools.partial(in_layout, flat)
+    if not spec.in_rows:
+        return default(w)
+    return lax.platform_dependent(w, cpu=functools.partial(in_layout, rows), default=default)
 
 
 def dequantize(arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:

@@ -18,9 +18,8 @@ import numpy as np
 from jax import Array, lax
 
 from q4jax import codebooks
+from q4jax.blockwise import LARGEST_RECIPROCAL
 
-# Above this, 1 / absmax is subnormal, which XLA flushes to zero.
-_LARGEST_RECIPROCAL = 2.0**126
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 _QUANTIZE_ROWS = 128
 
@@ -297,7 +296,7 @@ def _multiply(blocks: Array, absmax: Array) -> Array:
 def _divide_large(blocks: Array, absmax: Array) -> Array:
     # XLA would turn a division by a broadcast into a product with the reciprocal.
     quotient = blocks / lax.optimization_barrier(jnp.broadcast_to(absmax, blocks.shape))
-    return jnp.where(absmax > _LARGEST_RECIPROCAL, quotient, _multiply(blocks, absmax))
+    return jnp.where(absmax > LARGEST_RECIPROCAL, quotient, _multiply(blocks, absmax))
 
 
 def quantize_rows(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array]:
@@ -334,6 +333,6 @@ def quantize_rows(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, 
     zeros = jnp.zeros((n, k // 2), jnp.uint8), jnp.zeros((n, k // blocksize), jnp.float32)
     out = fold(_multiply, zeros)
     # Once more if there are such blocks. A loop of no steps costs nothing; a cond would copy.
-    large = jnp.any(out[1] > _LARGEST_RECIPROCAL)
+    large = jnp.any(out[1] > LARGEST_RECIPROCAL)
     out = lax.fori_loop(0, large.astype(jnp.int32), lambda _, out: fold(_divide_large, out), out)
     return out[0].reshape(*lead, k // 2), out[1].reshape(*lead, k // blocksize)

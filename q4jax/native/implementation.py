@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from q4jax.blockwise import Arrays
+from q4jax.blockwise import Arrays, in_layout
 from q4jax.native import library, ops
 from q4jax.spec import QuantSpec
 
@@ -30,8 +30,7 @@ class Always:
         """Codes and plain scales, in the spec's layout."""
         self._check("quantize", w.dtype, None)
         packed, absmax = ops.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
-        lead = w.shape[: w.ndim - len(spec.shape)]
-        return packed.reshape(*lead, *spec.packed_shape), absmax.reshape(*lead, *spec.absmax_shape)
+        return in_layout(w.shape, packed, absmax, spec)
 
     def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""

@@ -1,10 +1,12 @@
-"""Pallas's Triton backend, where this jax has it."""
+"""What the GPU kernels need: Pallas's Triton backend, a GPU of its time, rows of whole blocks."""
 
 import functools
 import importlib
 from typing import Any
 
 import jax
+
+from q4jax.spec import QuantSpec
 
 
 @functools.cache
@@ -24,6 +26,15 @@ def triton(implementation: str = "pallas") -> Any:
             f"implementation={implementation!r} needs Pallas's Triton backend, which jax "
             f"{jax.__version__} does not have; 'xla' and None work"
         ) from None
+
+
+def check_rows(implementation: str, spec: QuantSpec) -> None:
+    """NotImplementedError where blocks cross rows."""
+    if not spec.in_rows:
+        raise NotImplementedError(
+            f"implementation={implementation!r} needs rows that are whole blocks; the last axis of "
+            f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
+        )
 
 
 def check_devices(implementation: str = "pallas") -> None:

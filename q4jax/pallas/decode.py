@@ -81,13 +81,14 @@ def pair_asm(byte: int) -> str:
 
 
 SCALE_ASM = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
-"""PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice."""
+"""PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice; it means
+`blockwise.scale`."""
 
 RECIPROCAL_ASM = "rcp.rn.f32 $0, $1;"
-"""PTX: 1 / x, rounded correctly; Triton's own division is not."""
+"""PTX: 1 / x, rounded correctly, as Triton's own division is not."""
 
 DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
-"""PTX: x / y, rounded correctly."""
+"""PTX: x / y, rounded correctly; it means `blockwise.divide`."""
 
 
 def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
@@ -106,20 +107,3 @@ def pair(byte: int, codes: Array, *table: Array) -> Array:
     pick = functools.partial(jnp.take_along_axis, axis=-1, mode="promise_in_bounds")
     both = jnp.stack([pick(low, index), pick(high, index)], -1)
     return lax.bitcast_convert_type(both.reshape(*codes.shape, 4), jnp.int32)
-
-
-def scale(value: Array, nested: Array, offset: Array) -> Array:
-    """The meaning of `SCALE_ASM`, float32."""
-    # No entry of the map exceeds 1, so the clip changes nothing, which the compiler cannot know:
-    # it would contract the product into the sum.
-    return jnp.clip(value * nested, -jnp.abs(nested), jnp.abs(nested)) + offset
-
-
-def reciprocal(x: Array) -> Array:
-    """The meaning of `RECIPROCAL_ASM`."""
-    return divide(jnp.ones_like(x), x)
-
-
-def divide(x: Array, y: Array) -> Array:
-    """The meaning of `DIVIDE_ASM`."""
-    return x / lax.optimization_barrier(y)

@@ -33,8 +33,9 @@ def kernel_call(name: str, function: Callable[..., Any], *args: Any, **static: A
     """
     leaves, tree = jax.tree.flatten(args)
     call = _Flat(function, tuple(sorted(static.items())), tree)
-    out_tree = jax.tree.structure(jax.eval_shape(call.whole, *leaves))
-    return jax.tree.unflatten(out_tree, _kernel_p.bind(*leaves, name=name, call=call))
+    results = _results(call, tuple(map(_struct, leaves)))
+    out = _kernel_p.bind(*leaves, name=name, call=call)
+    return jax.tree.unflatten(jax.tree.structure(results), out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,18 @@ def _impl(*leaves: Array, name: str, call: _Flat) -> list[Array]:
 
 @_kernel_p.def_abstract_eval
 def _abstract(*avals: Any, name: str, call: _Flat) -> list[Any]:
-    shapes = jax.eval_shape(call, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    results = jax.tree.leaves(_results(call, tuple(map(_struct, avals))))
+    return [jax.core.ShapedArray(s.shape, s.dtype) for s in results]
+
+
+def _struct(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _results(call: _Flat, operands: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """Shapes and dtypes of what the function returns; to find them the kernel is traced."""
+    return jax.eval_shape(call.whole, *operands)
 
 
 def _batch(

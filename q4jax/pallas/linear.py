@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from q4jax.blockwise import Arrays
 from q4jax.pallas import tiles
 from q4jax.pallas.backend import triton
-from q4jax.pallas.weight import Tiling, decode_tile, load, load_activation, operands
+from q4jax.pallas.launch import add_splits, below, launch, load, rows_inside
+from q4jax.pallas.weight import Tiling, decode_tile, load_activation, operands
 from q4jax.spec import QuantSpec
 
 
@@ -39,28 +40,22 @@ def linear(
     named = operands(arrays, tiling) | {"x": tiling.activation(x)}
     if bias is not None and not split:
         named["bias"] = bias
-    kernel = functools.partial(
-        _kernel, names=tuple(named), tiling=tiling, tile=tile, steps=steps, dtype=x.dtype
-    )
-    y = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((tile.splits, m, n), jnp.float32 if split else x.dtype),
-        grid=(pl.cdiv(m, tile.m), pl.cdiv(n, tile.n) * tile.splits),
-        compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    y = launch(
+        "linear",
+        functools.partial(_kernel, tiling=tiling, tile=tile, steps=steps, dtype=x.dtype),
+        named,
+        jax.ShapeDtypeStruct((tile.splits, m, n), jnp.float32 if split else x.dtype),
+        (pl.cdiv(m, tile.m), pl.cdiv(n, tile.n) * tile.splits),
         interpret=interpret,
-        name="q4jax_linear",
-    )(*named.values())
-    if not split:
-        return y[0]
-    total = y.sum(0)
-    return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return add_splits(y, bias, x.dtype)
 
 
 def _kernel(
-    *refs: Any, names: tuple[str, ...], tiling: Tiling, tile: tiles.Tile, steps: int, dtype: Any
+    named: dict[str, Any], y_ref: Any, *, tiling: Tiling, tile: tiles.Tile, steps: int, dtype: Any
 ) -> None:
-    *inputs, y_ref = refs
-    named = dict(zip(names, inputs, strict=True))
     _, m, n = y_ref.shape
     first_m = pl.program_id(0) * tile.m
     first_n = pl.program_id(1) // tile.splits * tile.n
@@ -83,13 +78,10 @@ def _kernel(
     total = lax.fori_loop(0, steps, step, jnp.zeros((tile.n, tile.m), jnp.float32))
     y = total.T  # [tile.m, tile.n]
     if "bias" in named:
-        inside = first_n + jnp.arange(tile.n) < n if n % tile.n else None
-        bias = load(named["bias"].at[pl.ds(first_n, tile.n)], inside)
+        bias = load(named["bias"].at[pl.ds(first_n, tile.n)], rows_inside((tile.n,), first_n, n))
         y += bias.astype(jnp.float32)[None, :]
     mask = None
     if m % tile.m or n % tile.n:
-        mask = (first_m + lax.broadcasted_iota(jnp.int32, y.shape, 0) < m) & (
-            first_n + lax.broadcasted_iota(jnp.int32, y.shape, 1) < n
-        )
+        mask = below(y.shape, 0, first_m, m) & below(y.shape, 1, first_n, n)
     where = (split, pl.ds(first_m, tile.m), pl.ds(first_n, tile.n))
     triton().store(y_ref.at[where], y.astype(y_ref.dtype), mask=mask)

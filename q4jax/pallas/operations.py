@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.blockwise import Arrays
+from q4jax.blockwise import Arrays, in_layout
 from q4jax.pallas import backend, dequantize, linear, ptx, quantize, tiles, transposed
 from q4jax.pallas.kernel_call import kernel_call
 from q4jax.spec import QuantSpec
@@ -29,8 +29,9 @@ class Operations:
         self.interpret = name == "pallas_interpret"
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Codes and plain scales, of the spec's sizes."""
-        return self._run(quantize.quantize, spec, w)
+        """Codes and plain scales, in the spec's layout."""
+        packed, absmax = self._run(quantize.quantize, spec, w)
+        return in_layout(w.shape, packed, absmax, spec)
 
     def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""
@@ -52,11 +53,7 @@ class Operations:
 
     def _run(self, kernel: Callable[..., Any], spec: QuantSpec, *args: Any, **static: Any) -> Any:
         backend.triton(self.name)
-        if not spec.in_rows:
-            raise NotImplementedError(
-                f"implementation={self.name!r} needs rows that are whole blocks; the last axis of "
-                f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
-            )
+        backend.check_rows(self.name, spec)
         if self.interpret:
             ptx.register_emulation()
             return kernel(*args, spec=spec, interpret=True, **static)

@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.interpreters import mlir
 from jax.typing import DTypeLike
 
+from q4jax.blockwise import divide
 from q4jax.pallas.backend import triton
 
 _CONSTRAINTS = {"float32": "f", "int32": "r"}
@@ -90,10 +91,6 @@ def _add(a: Array, b: Array) -> Array:
     return jnp.clip(a, -jnp.abs(a), jnp.abs(a)) + b
 
 
-def _divide(a: Array, b: Array) -> Array:
-    return a / lax.optimization_barrier(b)
-
-
 def _convert_two(dtype: DTypeLike) -> Callable[[Array, Array], Array]:
     def convert(high: Array, low: Array) -> Array:
         pair = jnp.stack(jnp.broadcast_arrays(_float(low), _float(high)), -1).astype(dtype)
@@ -138,8 +135,8 @@ def _multiply_high(a: Array, b: Array) -> Array:
 _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "mul.rn.f32": _float_instruction(lambda a, b: a * b),
     "add.rn.f32": _float_instruction(_add),
-    "rcp.rn.f32": _float_instruction(lambda a: _divide(jnp.ones_like(a), a)),
-    "div.rn.f32": _float_instruction(_divide),
+    "rcp.rn.f32": _float_instruction(lambda a: divide(jnp.ones_like(a), a)),
+    "div.rn.f32": _float_instruction(divide),
     "cvt.rn.bf16x2.f32": _convert_two(jnp.bfloat16),
     "cvt.rn.f16x2.f32": _convert_two(jnp.float16),
     "and.b32": lambda a, b: a & b,

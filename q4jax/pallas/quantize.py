@@ -10,15 +10,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from q4jax import codebooks
+from q4jax.blockwise import LARGEST_RECIPROCAL, divide
 from q4jax.pallas import decode, ptx
 from q4jax.pallas.backend import triton
-from q4jax.pallas.weight import load
+from q4jax.pallas.launch import launch, load, rows_inside
 from q4jax.spec import QuantSpec
 
 _TILE_WEIGHTS = 4096
 _SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
-# Above this, 1 / absmax is subnormal: the block is divided instead.
-_LARGEST_RECIPROCAL = 2.0**126
 
 
 def quantize(w: Array, *, spec: QuantSpec, interpret: bool) -> tuple[Array, Array]:
@@ -26,37 +25,35 @@ def quantize(w: Array, *, spec: QuantSpec, interpret: bool) -> tuple[Array, Arra
     size = spec.blocksize
     blocks = w.size // size
     rows = max(1, _TILE_WEIGHTS // size)
-    return pl.pallas_call(
+    return launch(
+        "quantize",
         functools.partial(_kernel, rows=rows, quant_type=spec.quant_type),
-        out_shape=(
+        {"w": w.reshape(blocks, size)},
+        (
             jax.ShapeDtypeStruct((blocks, size // 2), jnp.uint8),
             jax.ShapeDtypeStruct((blocks,), jnp.float32),
         ),
-        grid=(pl.cdiv(blocks, rows),),
-        compiler_params=triton().CompilerParams(num_warps=4, num_stages=1),
+        (pl.cdiv(blocks, rows),),
         interpret=interpret,
-        name="q4jax_quantize",
-    )(w.reshape(blocks, size))
+    )
 
 
-def _kernel(w_ref: Any, packed_ref: Any, absmax_ref: Any, *, rows: int, quant_type: str) -> None:
-    blocks, size = w_ref.shape
+def _kernel(
+    named: dict[str, Any], packed_ref: Any, absmax_ref: Any, *, rows: int, quant_type: str
+) -> None:
+    blocks, size = named["w"].shape
     first = pl.program_id(0) * rows
-
-    def inside(*shape: int) -> Array | None:
-        if blocks % rows == 0:
-            return None
-        return first + lax.broadcasted_iota(jnp.int32, shape, 0) < blocks
-
     tile = (pl.ds(first, rows), pl.ds(0, size))
-    w = load(w_ref.at[tile], inside(rows, size)).astype(jnp.float32)
+    w = load(named["w"].at[tile], rows_inside((rows, size), first, blocks)).astype(jnp.float32)
     scaled, absmax = _scale(w)
     codes = _encode(scaled, quant_type)
     even, odd = jnp.unstack(codes.reshape(rows, size // 2, 2), axis=-1)
     packed = ((even << 4) | odd).astype(jnp.uint8)
     half = (pl.ds(first, rows), pl.ds(0, size // 2))
-    triton().store(packed_ref.at[half], packed, mask=inside(rows, size // 2))
-    triton().store(absmax_ref.at[pl.ds(first, rows)], absmax, mask=inside(rows))
+    triton().store(packed_ref.at[half], packed, mask=rows_inside(packed.shape, first, blocks))
+    triton().store(
+        absmax_ref.at[pl.ds(first, rows)], absmax, mask=rows_inside((rows,), first, blocks)
+    )
 
 
 def _scale(w: Array) -> tuple[Array, Array]:
@@ -68,17 +65,19 @@ def _scale(w: Array) -> tuple[Array, Array]:
     magnitude = lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF
     absmax = lax.bitcast_convert_type(magnitude.max(1), jnp.float32)
     w = jnp.where(magnitude < 0x00800000, 0.0, w)
-    reciprocal = ptx.inline(decode.RECIPROCAL_ASM, decode.reciprocal, [absmax], jnp.float32)
+    reciprocal = ptx.inline(
+        decode.RECIPROCAL_ASM, lambda x: divide(jnp.ones_like(x), x), [absmax], jnp.float32
+    )
     reciprocal = jnp.where(absmax < _SMALLEST_NORMAL, 0.0, reciprocal)
     scaled = w * reciprocal[:, None]
 
-    def divide() -> Array:
+    def quotient() -> Array:
         wide = jnp.broadcast_to(absmax[:, None], w.shape)
-        exact = ptx.inline(decode.DIVIDE_ASM, decode.divide, [w, wide], jnp.float32)
-        return jnp.where(wide > _LARGEST_RECIPROCAL, exact, scaled)
+        exact = ptx.inline(decode.DIVIDE_ASM, divide, [w, wide], jnp.float32)
+        return jnp.where(wide > LARGEST_RECIPROCAL, exact, scaled)
 
-    large = (absmax > _LARGEST_RECIPROCAL).astype(jnp.int32)  # a float's max may drop or keep NaN
-    return lax.cond(large.max() > 0, divide, lambda: scaled), absmax
+    large = (absmax > LARGEST_RECIPROCAL).astype(jnp.int32)  # a float's max may drop or keep NaN
+    return lax.cond(large.max() > 0, quotient, lambda: scaled), absmax
 
 
 def _encode(scaled: Array, quant_type: str) -> Array:

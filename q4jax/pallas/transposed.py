@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from q4jax.blockwise import Arrays
 from q4jax.pallas import tiles
 from q4jax.pallas.backend import triton
-from q4jax.pallas.weight import HALF, Tiling, activation_part, decode_tile, load, operands
+from q4jax.pallas.launch import add_splits, below, launch, load
+from q4jax.pallas.weight import HALF, Tiling, activation_part, decode_tile, operands
 from q4jax.spec import QuantSpec
 
 
@@ -28,27 +29,23 @@ def transposed(
     inside = n == tile.n * steps * tile.splits and k % tile.k == 0
     tiling = Tiling(spec, tile.n, tile.k, inside)
     named = operands(arrays, tiling) | {"g": g}
-    kernel = functools.partial(
-        _kernel, names=tuple(named), tiling=tiling, tile=tile, steps=steps, dtype=g.dtype
-    )
     dtype = jnp.float32 if tile.splits > 1 else g.dtype
-    dx = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((tile.splits, m, k // tiling.unit, tiling.unit), dtype),
-        grid=(pl.cdiv(m, tile.m), pl.cdiv(k, tile.k) * tile.splits),
-        compiler_params=triton().CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    dx = launch(
+        "transposed",
+        functools.partial(_kernel, tiling=tiling, tile=tile, steps=steps, dtype=g.dtype),
+        named,
+        jax.ShapeDtypeStruct((tile.splits, m, k // tiling.unit, tiling.unit), dtype),
+        (pl.cdiv(m, tile.m), pl.cdiv(k, tile.k) * tile.splits),
         interpret=interpret,
-        name="q4jax_transposed",
-    )(*named.values())
-    dx = dx.reshape(tile.splits, m, k)
-    return dx[0] if tile.splits == 1 else dx.sum(0).astype(g.dtype)
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    return add_splits(dx.reshape(tile.splits, m, k), None, g.dtype)
 
 
 def _kernel(
-    *refs: Any, names: tuple[str, ...], tiling: Tiling, tile: tiles.Tile, steps: int, dtype: Any
+    named: dict[str, Any], dx_ref: Any, *, tiling: Tiling, tile: tiles.Tile, steps: int, dtype: Any
 ) -> None:
-    *inputs, dx_ref = refs
-    named = dict(zip(names, inputs, strict=True))
     m, n = named["g"].shape
     first_m = pl.program_id(0) * tile.m
     column = pl.program_id(1) // tile.splits
@@ -59,9 +56,8 @@ def _kernel(
         halves = decode_tile(named, tiling, row, column, dtype)  # [tile.n, k / halves] each
         mask = None
         if m % tile.m or not tiling.inside:
-            mask = (first_m + lax.broadcasted_iota(jnp.int32, (tile.m, tile.n), 0) < m) & (
-                row + lax.broadcasted_iota(jnp.int32, (tile.m, tile.n), 1) < n
-            )
+            shape = (tile.m, tile.n)
+            mask = below(shape, 0, first_m, m) & below(shape, 1, row, n)
         g = load(named["g"].at[pl.ds(first_m, tile.m), pl.ds(row, tile.n)], mask)
         return tuple(
             total

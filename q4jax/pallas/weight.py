@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax import codebooks
+from q4jax import blockwise, codebooks
 from q4jax.blockwise import Arrays
 from q4jax.pallas import decode, ptx
-from q4jax.pallas.backend import triton
+from q4jax.pallas.launch import below, load
 from q4jax.spec import QuantSpec
 
 HALF = 32
@@ -110,12 +110,7 @@ def load_scales(
     nested = load(refs["nested"].at[index // codebooks.NESTED_BLOCKSIZE], mask)
     value = load(refs["map"].at[scales.astype(jnp.int32)], None)
     offset = jnp.broadcast_to(refs["offset"][0], value.shape)
-    return ptx.inline(decode.SCALE_ASM, decode.scale, [value, nested, offset], jnp.float32)
-
-
-def load(ref: Any, mask: Array | None) -> Array:
-    """What `ref` points at, 0 where masked."""
-    return triton().load(ref, mask=mask, other=None if mask is None else 0)
+    return ptx.inline(decode.SCALE_ASM, blockwise.scale, [value, nested, offset], jnp.float32)
 
 
 def tables(scales: Array, quant_type: str, dtype: Any) -> list[list[Array]]:
@@ -180,16 +175,18 @@ def decode_tile(
     rows, units, columns = tiling.rows, tiling.units, tiling.scales
     blocks = k // tiling.spec.blocksize
     column = tile * tiling.columns // tiling.spec.blocksize
-    row_iota = row + lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
-    column_iota = column + lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
-    mask = None if tiling.inside else (row_iota < n) & (column_iota < blocks)
+    narrow, shape = (rows, columns), (rows, units, 4)
+    scales_inside = words_inside = None
+    if not tiling.inside:
+        scales_inside = below(narrow, 0, row, n) & below(narrow, 1, column, blocks)
+        words_inside = below(shape, 0, row, n) & below(shape, 1, tile * units, k // tiling.unit)
     scales = load_scales(
         refs,
         (pl.ds(row, rows), pl.ds(column, columns)),
-        row_iota * blocks + column_iota,
-        mask,
+        (row + lax.broadcasted_iota(jnp.int32, narrow, 0)) * blocks
+        + (column + lax.broadcasted_iota(jnp.int32, narrow, 1)),
+        scales_inside,
     )
-    shape = (rows, units, 4)
     wide = [
         [
             jnp.broadcast_to(word[:, :, None], (rows, columns, 4 * units // columns)).reshape(shape)
@@ -197,14 +194,10 @@ def decode_tile(
         ]
         for table in tables(scales, tiling.spec.quant_type, dtype)
     ]
-    if mask is not None:
-        unit_iota = tile * units + lax.broadcasted_iota(jnp.int32, shape, 1)
-        row_iota = row + lax.broadcasted_iota(jnp.int32, shape, 0)
-        mask = (row_iota < n) & (unit_iota < k // tiling.unit)
     halves = []
     for half in range(tiling.halves):
         where = (pl.ds(row, rows), pl.ds(tile * units, units), pl.ds(4 * half, 4))
-        words = load(refs["words"].at[where], mask)
+        words = load(refs["words"].at[where], words_inside)
         halves.append(decode_words(words, wide, dtype).reshape(rows, units * HALF))
     return halves
 
@@ -225,6 +218,4 @@ def activation_part(
     if tiling.inside and m % rows == 0:
         return where, None
     part = (rows, tiling.units, HALF)
-    return where, (row + lax.broadcasted_iota(jnp.int32, part, 0) < m) & (
-        first + lax.broadcasted_iota(jnp.int32, part, 1) < units
-    )
+    return where, below(part, 0, row, m) & below(part, 1, first, units)

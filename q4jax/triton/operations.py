@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from q4jax.blockwise import Arrays
+from q4jax.pallas.backend import check_rows
 from q4jax.pallas.kernel_call import kernel_call
 from q4jax.spec import QuantSpec
 from q4jax.triton import backend
@@ -48,11 +49,7 @@ def transposed(g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
 
 def _product(operation: str, spec: QuantSpec, x: Array, *weight: Any) -> Array:
     backend.check()
-    if not spec.in_rows:
-        raise NotImplementedError(
-            f"implementation='triton' needs rows that are whole blocks; the last axis of "
-            f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
-        )
+    check_rows("triton", spec)
     if not x.shape[0]:
         return jnp.zeros((0, spec.shape[operation == "transposed"]), x.dtype)
     launch = importlib.import_module("q4jax.triton.launch")
