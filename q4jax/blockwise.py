@@ -80,7 +80,7 @@ def _sum(flat: Array) -> Array:
     return flat[0]
 
 
-def _quantize_absmax(absmax: Array) -> tuple[Array, Array, Array]:
+def compress(absmax: Array) -> tuple[Array, Array, Array]:
     """Double quantization: (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
     # The mean by a true division: a divisor that does not depend on data would become a product
     # with the reciprocal, and that be contracted into the subtraction.
@@ -134,7 +134,7 @@ def finish(w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSp
     packed, absmax = in_layout(w_shape, packed, absmax, spec)
     if not spec.nested:
         return Arrays(packed, absmax, None, None)
-    return Arrays(packed, *_quantize_absmax(absmax))
+    return Arrays(packed, *compress(absmax))
 
 
 def quantize(w: Array, spec: QuantSpec) -> Arrays:
@@ -186,3 +186,32 @@ def dequantize(arrays: Arrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
         size = math.prod(spec.shape)
         weight = values[..., :size] * jnp.repeat(absmax, spec.blocksize, axis=-1)[..., :size]
     return weight.astype(dtype).reshape(*lead, *spec.shape)
+
+
+def take_rows(arrays: Arrays, ids: Array, spec: QuantSpec, dtype: DTypeLike) -> Array:
+    """Rows of a table `[rows, features]`, decoding no others: `[*ids.shape, features]`.
+
+    `ids` are within the table.
+    """
+    features = spec.shape[1]
+    ids = ids[..., None]
+    # Whole rows of codes where rows hold whole blocks, else element by element.
+    if spec.in_rows:
+        nibbles = unpack(arrays.packed[ids[..., 0]])
+        blocks = features // spec.blocksize
+        scales = _scales_at(ids * blocks + jnp.arange(blocks), arrays)
+        scales = jnp.repeat(scales, spec.blocksize, axis=-1)
+    else:
+        element = ids * features + jnp.arange(features)
+        pair = arrays.packed[element // 2]
+        nibbles = jnp.where(element % 2 == 0, pair >> 4, pair & 15)
+        scales = _scales_at(element // spec.blocksize, arrays)
+    return (jnp.asarray(codebooks.CODE[spec.quant_type])[nibbles] * scales).astype(dtype)
+
+
+def _scales_at(block: Array, arrays: Arrays) -> Array:
+    """Float32 scales of the blocks of these numbers."""
+    scales = arrays.absmax.reshape(-1)[block]
+    if arrays.nested_absmax is None or arrays.offset is None:
+        return scales
+    return decode_absmax_at(block, scales, arrays.nested_absmax, arrays.offset)

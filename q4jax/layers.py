@@ -1,5 +1,7 @@
 """The 4-bit layers for Flax NNX."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax
@@ -9,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from q4jax.codebooks import QuantType
-from q4jax.frozen import freeze, thaw
+from q4jax.frozen import PLACING, apart, freeze, thaw, transposed
 from q4jax.lookup import take_rows
 from q4jax.matmul import matmul_4bit
 from q4jax.params import Params4bit, quantize_stacked
@@ -33,7 +35,7 @@ class _Quantized(nnx.Module):
         dtype = float_dtype(self.param_dtype, "param_dtype")
         return QuantSpec.of(shape, dtype, self.quant_type, self.blocksize, self.compress_statistics)
 
-    def _store(self, w: Array, name: str) -> None:
+    def _store(self, w: Array, name: str, metadata: Mapping[str, Any]) -> None:
         """Quantize `w`, `[*lead, out, in]`, with the module's settings and keep it."""
         weight = quantize_stacked(
             w,
@@ -42,7 +44,7 @@ class _Quantized(nnx.Module):
             blocksize=self.blocksize,
             compress_statistics=self.compress_statistics,
         )
-        self.weight = freeze(weight)
+        self.weight = freeze(weight, metadata)
 
     def _load(self, shape: tuple[int, int]) -> Params4bit:
         """The weight with its arrays, as the module's own description has it."""
@@ -71,6 +73,10 @@ class Linear4bit(_Quantized):
       compress_statistics: double quantization of the scales.
       kernel_init: initializer, called as `nnx.Linear` calls it, for an `[in, out]` kernel.
       bias_init: initializer of the bias, `[out]`.
+      kernel_metadata: of the Variables of the weight: `{"out_sharding": (in, out)}` names the mesh
+        axes or logical axes of the kernel; codes and scales have them alike. What
+        `nnx.with_partitioning` adds to `kernel_init` counts too.
+      bias_metadata: of the bias.
       implementation: see `matmul_4bit`.
       rngs: random streams.
 
@@ -101,6 +107,8 @@ class Linear4bit(_Quantized):
         compress_statistics: bool = True,
         kernel_init: nnx.Initializer = _kernel_init,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -115,12 +123,13 @@ class Linear4bit(_Quantized):
         self.implementation = implementation
         self._spec((out_features, in_features))
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        kernel, metadata = apart(kernel, kernel_metadata)
         if isinstance(kernel, Params4bit):
             self.weight = freeze(kernel)
         else:
-            self._store(jnp.swapaxes(kernel, -1, -2), "kernel")
+            self._store(jnp.swapaxes(kernel, -1, -2), "kernel", transposed(metadata))
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
+        self.bias = nnx.data(None) if bias is None else nnx.Param(bias, **bias_metadata)
 
     def __call__(self, x: Array) -> Array:
         """`[..., in_features]` to `[..., out_features]` in the compute dtype."""
@@ -182,11 +191,13 @@ class Linear4bit(_Quantized):
         if reason:
             raise TypeError(f"{name}: cannot quantize a {type(linear).__name__}: {reason}")
         kernel = linear.kernel[...]
+        metadata = linear.kernel.get_metadata()
         settings["dtype"] = linear.dtype if settings.get("dtype") is None else settings["dtype"]
         fixed: dict[str, Any] = {
             "use_bias": False,
             "param_dtype": kernel.dtype,
             "kernel_init": lambda *_: kernel,
+            "kernel_metadata": {name: metadata[name] for name in PLACING if name in metadata},
             "rngs": nnx.Rngs(0),
         }
         try:
@@ -234,6 +245,7 @@ class Embedding4bit(_Quantized):
       param_dtype: dtype of the table before quantization.
       quant_type, blocksize, compress_statistics, implementation, rngs: as for `Linear4bit`.
       embedding_init: initializer, called as `nnx.Embed` calls it, for `[num_embeddings, features]`.
+      embedding_metadata: as `kernel_metadata` of `Linear4bit`, for the axes of the table.
 
     Raises:
       ValueError: as `Linear4bit`; when called, indices that are not integers.
@@ -258,6 +270,7 @@ class Embedding4bit(_Quantized):
         blocksize: int = 64,
         compress_statistics: bool = True,
         embedding_init: nnx.Initializer = _embedding_init,
+        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -271,7 +284,8 @@ class Embedding4bit(_Quantized):
         self.implementation = implementation
         self._spec((num_embeddings, features))
         table = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
-        self._store(table, "embedding")
+        table, metadata = apart(table, embedding_metadata)
+        self._store(table, "embedding", metadata)
 
     def __call__(self, inputs: Array) -> Array:
         """Integers `[...]` to `[..., features]`; NaN where an index is out of range."""

@@ -42,14 +42,12 @@ def _quantize(w: Any, path: tuple[str, ...], **settings: Any) -> Params4bit:
     if not isinstance(w, nn.Partitioned):
         return weight
     *lead, rows, columns = w.names
-    matrix = (columns, rows) if transpose else (rows, columns)
-
-    def box(leaf: Array) -> Any:
-        # In the row form codes and scales have the axes of the weight; the rest is replicated.
-        last = matrix if leaf.ndim == array.ndim else (None,) * (leaf.ndim - len(lead))
-        return w.replace(value=leaf, names=(*lead, *last))
-
-    return jax.tree.map(box, weight)
+    names = (*lead, columns, rows) if transpose else w.names
+    try:
+        places = weight.partition_names(names)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return jax.tree.map(lambda leaf, place: w.replace(value=leaf, names=place), weight, places)
 
 
 def _load(

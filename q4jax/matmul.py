@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from q4jax import implementations
+from q4jax import implementations, partition
+from q4jax.operations import Operation
 from q4jax.params import Params4bit
+from q4jax.partition import Lies
 from q4jax.spec import float_dtype
 from q4jax.state import QuantState
 
@@ -72,55 +74,44 @@ def matmul_4bit(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _matmul(implementation: str | None, x: Array, weight: Params4bit, bias: Array | None) -> Array:
-    y = _linear(implementation, x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return _linear(implementation, x, weight, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(implementation: str | None, x: Array, weight: Params4bit, bias: Array | None) -> Array:
-    """[M, K] -> [M, N] in x's dtype."""
-    return _product(implementation, x, weight, bias, transpose=False)
+    """[..., K] -> [..., N] in x's dtype."""
+    operation = Operation("linear", implementation, weight.quant_state.spec)
+    return partition.run(operation, x, weight.arrays, bias)[0]
 
 
 def _linear_fwd(implementation, x, weight, bias):
-    return _linear(implementation, x, weight, bias), (weight, bias)
+    return _linear(implementation, x, weight, bias), (Lies.of(x), weight, bias)
 
 
 def _linear_bwd(implementation, saved, g):
-    weight, bias = saved
-    dx = _transposed(implementation, g, weight)
-    dbias = None if bias is None else g.sum(0, dtype=jnp.float32).astype(bias.dtype)
-    return dx, None, dbias
+    lies, weight, bias = saved
+    dx = lies.place(_transposed(implementation, g, weight))
+    if bias is None:
+        return dx, None, None
+    dbias = g.sum(range(g.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
+    return dx, None, Lies.of(bias).place(dbias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _transposed(implementation: str | None, g: Array, weight: Params4bit) -> Array:
-    """[M, N] -> [M, K] in g's dtype; `_linear`'s gradient, and its own gradient is `_linear`."""
-    return _product(implementation, g, weight, None, transpose=True)
+    """[..., N] -> [..., K] in g's dtype: `_linear`'s gradient; its own gradient is `_linear`."""
+    operation = Operation("transposed", implementation, weight.quant_state.spec)
+    return partition.run(operation, g, weight.arrays)[0]
 
 
 def _transposed_fwd(implementation, g, weight):
-    return _transposed(implementation, g, weight), weight
+    return _transposed(implementation, g, weight), (Lies.of(g), weight)
 
 
-def _transposed_bwd(implementation, weight, dx):
-    return _linear(implementation, dx, weight, None), None
+def _transposed_bwd(implementation, saved, dx):
+    lies, weight = saved
+    return lies.place(_linear(implementation, dx, weight, None)), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 _transposed.defvjp(_transposed_fwd, _transposed_bwd)
-
-
-def _product(
-    implementation: str | None,
-    x: Array,
-    weight: Params4bit,
-    bias: Array | None,
-    *,
-    transpose: bool,
-) -> Array:
-    """`x @ W.T + bias`, or `x @ W` where `transpose`, in x's dtype."""
-    spec = weight.quant_state.spec
-    if transpose:
-        return implementations.call(implementation, "transposed", x, weight.arrays, spec=spec)
-    return implementations.call(implementation, "linear", x, weight.arrays, bias, spec=spec)

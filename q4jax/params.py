@@ -2,16 +2,17 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax import blockwise, implementations
+from q4jax import blockwise, implementations, partition
 from q4jax.codebooks import QuantType
+from q4jax.operations import Operation
 from q4jax.spec import QuantSpec, float_dtype
 from q4jax.state import QuantState, check_packed
 
@@ -136,6 +137,45 @@ class Params4bit:
         """Bytes of all its arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+    def partition_names(self, names: Sequence[Any]) -> "Params4bit":
+        """How its arrays are partitioned where the weight is, with a tuple for each array.
+
+        Codes and scales go together; double quantization's own statistics are replicated, but for
+        leading axes.
+
+        Args:
+          names: names of mesh axes or logical axes, or None, for each axis of the weight.
+
+        Raises:
+          ValueError: not one name for each axis; a name for an axis of a matrix whose rows are not
+            whole blocks: its arrays are flat.
+
+        Example:
+          >>> import jax.numpy as jnp, q4jax
+          >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), compress_statistics=True)
+          >>> names = weight.partition_names(("mlp", "embed"))
+          >>> names.packed, names.quant_state.absmax, names.quant_state.nested_absmax
+          (('mlp', 'embed'), ('mlp', 'embed'), (None,))
+        """
+        state = self.quant_state
+        ndim, split = len(state.shape), [n for n in names[len(state.lead) :] if n is not None]
+        if len(names) != ndim:
+            raise ValueError(f"{self!r} has {ndim} axes, its partition names are {tuple(names)}")
+        if split and not state.spec.in_rows:
+            raise ValueError(
+                f"{self!r} cannot be partitioned over {', '.join(map(repr, split))}: its rows of "
+                f"{state.spec.shape[-1]} are not whole blocks of {state.blocksize}"
+            )
+        leaves, tree = jax.tree.flatten(self)
+        lead = tuple(names[: len(state.lead)])
+
+        def of(leaf: Array) -> tuple[Any, ...]:
+            if leaf.ndim == ndim:
+                return tuple(names)
+            return (*lead, *(None,) * leaf.ndim)[: leaf.ndim]
+
+        return cast("Params4bit", jax.tree.unflatten(tree, map(of, leaves)))
+
     def unstack(self) -> "Params4bit":
         """The joint form (one call on an N-D weight) as the stacked one, exactly.
 
@@ -248,11 +288,15 @@ def _quantize(
     w: Array, spec: QuantSpec, implementation: str | None
 ) -> tuple[blockwise.Arrays, Array]:
     """The arrays, and whether w is finite."""
-    packed, absmax = implementations.call(implementation, "quantize", w, spec=spec)
-    return blockwise.finish(w.shape, packed, absmax, spec), jnp.isfinite(absmax).all()
+    packed, absmax = partition.run(Operation("quantize", implementation, spec), w)
+    finite = jnp.isfinite(absmax).all()
+    if not spec.nested:
+        return blockwise.Arrays(packed, absmax, None, None), finite
+    compressed = partition.run(Operation("compress", implementation, spec), absmax)
+    return blockwise.Arrays(packed, *compressed), finite
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
 def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
-    spec = weight.quant_state.spec
-    return implementations.call(implementation, "dequantize", weight.arrays, spec=spec, dtype=dtype)
+    operation = Operation("dequantize", implementation, weight.quant_state.spec, dtype)
+    return partition.run(operation, weight.arrays)[0]

@@ -36,12 +36,13 @@ specs = P("data", "model"), P(None, "model"), P(None, "model")
 summed = jax.jit(jax.shard_map(partial, mesh=mesh, in_specs=specs, out_specs=P("data")))
 np.testing.assert_allclose(summed(x, w.packed, w.quant_state.absmax), whole, atol=2e-4)
 
-# Left to the compiler, the weight stays where it is: None takes what XLA can split.
+# Left to the compiler, the weight stays where it is, and each device calls the kernel on its part.
 place = lambda a: jax.device_put(a, NamedSharding(mesh, P("model")))
-y = jax.jit(q4jax.matmul_4bit)(x, jax.tree.map(place, w))
-np.testing.assert_allclose(y, whole, atol=2e-4)
-text = jax.jit(q4jax.matmul_4bit).lower(x, w).as_text()
-assert "q4jax_linear" not in text
+forward = jax.jit(q4jax.matmul_4bit)
+sharded = jax.tree.map(place, w)
+np.testing.assert_allclose(forward(x, sharded), whole, atol=2e-4)
+text = forward.lower(x, sharded).compile().as_text()
+assert "q4jax_linear" in text and "all-gather" not in text
 """
 
 

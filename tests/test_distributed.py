@@ -1,0 +1,25 @@
+"""Runs tests/distributed in a process that has eight simulated devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "distributed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(p.name for p in FOLDER.glob("test_*.py")))
+def test_on_eight_devices(file):
+    flags = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", FOLDER / file]
+    run = subprocess.run(
+        [*map(str, command)],
+        env=os.environ | {"XLA_FLAGS": flags, "Q4JAX_TEST_DEVICES": "8"},
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parent.parent,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
