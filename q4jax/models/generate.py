@@ -43,7 +43,7 @@ def generate(
       int32 `[B, P + max_new_tokens]`, prompts included.
 
     Raises:
-      ValueError: an argument out of its range, or a text longer than `max_position_embeddings`.
+      ValueError: an argument out of its range, or a text longer than the model's context.
         The message names the argument, its value and what is allowed.
     """
     input_ids = jnp.asarray(input_ids)
@@ -164,11 +164,11 @@ def _check(
         raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    total, limit = input_ids.shape[1] + max_new_tokens, model.config.max_position_embeddings
+    total, limit = input_ids.shape[1] + max_new_tokens, model.config.context_length
     if total > limit:
         raise ValueError(
             f"input_ids has {input_ids.shape[1]} tokens and max_new_tokens={max_new_tokens}: "
-            f"{total} is above max_position_embeddings={limit}"
+            f"{total} is above the context of {limit}"
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(

@@ -111,7 +111,7 @@ def test_traced_twice_for_any_number_of_tokens(model, input_ids, monkeypatch):
         ({"temperature": 1.0, "top_k": 98}, "top_k .* vocab_size=97, got 98"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p .* got 0.0"),
         ({"max_new_tokens": -1}, "max_new_tokens .* -1"),
-        ({"max_new_tokens": 54}, "max_new_tokens=54: 65 .* max_position_embeddings=64"),
+        ({"max_new_tokens": 54}, "max_new_tokens=54: 65 .* context of 64"),
         ({"input_ids": jnp.zeros((2, 0), int)}, "input_ids .*2, 0"),
         ({"input_ids": jnp.zeros(3, int)}, "input_ids .*3,"),
         ({"input_ids": jnp.zeros((2, 3))}, "input_ids .* float32"),
