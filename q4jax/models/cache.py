@@ -39,7 +39,18 @@ class KVCache:
         )
 
     def open(self, token_mask: jax.Array) -> "KVCache":
-        """Takes in `token_mask`, bool `[B, T]`, of the tokens that `write` will add."""
+        """Takes in `token_mask`, bool `[B, T]`, of the tokens that `write` will add.
+
+        Raises:
+          ValueError: they do not fit; of a traced length, only that they never would.
+        """
+        tokens, capacity = token_mask.shape[1], self.mask.shape[1]
+        filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+        if filled + tokens > capacity:
+            raise ValueError(
+                f"{tokens} tokens do not fit into a cache of {capacity} slots, {filled} of them "
+                "filled"
+            )
         mask = jax.lax.dynamic_update_slice(self.mask, token_mask, (0, self.length))
         return dataclasses.replace(self, mask=mask)
 

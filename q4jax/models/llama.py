@@ -1,4 +1,4 @@
-"""A decoder-only Llama in Flax NNX, with Hugging Face's names and arithmetic.
+"""The decoder of the Llama family in Flax NNX, with Hugging Face's names and arithmetic.
 
 Every projection is a module that is called (`self.q_proj(x)`), so `q4jax.quantize_model` and
 `q4jax.add_lora` can replace it. The decoder layers are one module whose variables carry a leading
@@ -9,116 +9,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from q4jax.models.attention import Layer, LlamaAttention, Rotation, Visible
 from q4jax.models.cache import KVCache
 from q4jax.models.config import LlamaConfig
-from q4jax.models.rope import rotate, rotation
+from q4jax.models.mlp import LlamaExperts, LlamaMLP
+from q4jax.models.norm import LlamaRMSNorm
+from q4jax.models.rope import rotation
 
-Rotation = tuple[jax.Array, jax.Array]  # cosine, sine
 Carry = tuple[jax.Array, KVCache | None]  # residual stream, cache
 
 
-class LlamaRMSNorm(nnx.RMSNorm):
-    """RMSNorm with a float32 scale, computed in float32; the result has the dtype of the input."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        super().__init__(
-            config.hidden_size,
-            epsilon=config.rms_norm_eps,
-            dtype=jnp.float32,
-            param_dtype=jnp.float32,
-            rngs=rngs,
-        )
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`[..., hidden_size]` to the same shape; `mask` as in `nnx.RMSNorm`."""
-        y: jax.Array = super().__call__(x, mask)
-        return y.astype(x.dtype)
-
-
-class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary embeddings; groups of queries share a key/value head."""
-
-    def __init__(self, config: LlamaConfig, **linear: Any):
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        linear["use_bias"] = config.attention_bias
-        self.q_proj = nnx.Linear(config.hidden_size, width, **linear)
-        self.k_proj = nnx.Linear(config.hidden_size, kv_width, **linear)
-        self.v_proj = nnx.Linear(config.hidden_size, kv_width, **linear)
-        self.o_proj = nnx.Linear(width, config.hidden_size, **linear)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: Rotation,
-        mask: jax.Array | None,
-        cache: KVCache | None,
-        layer: jax.Array,
-    ) -> Carry:
-        """`x [B, T, hidden_size]` to the same shape.
-
-        `mask` is bool `[B, 1, T, S]`, None for causal attention over the T tokens; with a
-        cache, S is its capacity, and the keys and values of `layer` are put into it.
-        """
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(heads), *rope)
-        k = rotate(self.k_proj(x).reshape(heads), *rope)
-        v = self.v_proj(x).reshape(heads)
-        if cache is not None:
-            cache = cache.write(layer, k, v)
-            k, v = cache.keys[layer], cache.values[layer]  # [B, S, kv_heads, head_dim]
-        # In float32 where the compute dtype is float16: XLA's CPU backend lacks the float16 form.
-        q, k, v = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (q, k, v))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None).astype(x.dtype)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
-
-
-class LlamaMLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: LlamaConfig, **linear: Any):
-        linear["use_bias"] = config.mlp_bias
-        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **linear)
-        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, **linear)
-        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, **linear)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [..., hidden_size]` to the same shape."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class LlamaDecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP or experts, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, **linear: Any):
-        self.input_layernorm = LlamaRMSNorm(config, rngs)
-        self.self_attn = LlamaAttention(config, rngs=rngs, **linear)
-        self.post_attention_layernorm = LlamaRMSNorm(config, rngs)
-        self.mlp = LlamaMLP(config, rngs=rngs, **linear)
+        def norm() -> LlamaRMSNorm:
+            return LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
+
+        self.input_layernorm = norm()
+        self.self_attn = LlamaAttention(config, rngs, **linear)
+        self.post_attention_layernorm = norm()
+        self.mlp = (
+            LlamaMLP(config, config.intermediate_size, rngs, **linear)
+            if config.experts is None
+            else LlamaExperts(config, config.experts, rngs, **linear)
+        )
 
     def __call__(
         self,
         x: jax.Array,
         rope: Rotation,
-        mask: jax.Array | None,
+        visible: Visible,
         cache: KVCache | None,
-        layer: jax.Array,
+        layer: Layer,
     ) -> Carry:
         """`x [B, T, hidden_size]` to the same shape; arguments as in `LlamaAttention`."""
-        y, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        y, cache = self.self_attn(self.input_layernorm(x), rope, visible, cache, layer)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class Llama(nnx.Module):
-    """A Llama language model: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
+    """A language model of the Llama family: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
 
     Args:
-      config: sizes and constants.
+      config: sizes and constants, and what tells the architectures apart.
       dtype: compute dtype, of the logits too; None: the dtype of the weights. Norms, rotary
         embeddings and softmax are float32 in any case.
       param_dtype: dtype of the initial weights (norm scales are float32).
@@ -126,7 +65,7 @@ class Llama(nnx.Module):
       rngs: random streams for the initial weights.
 
     The variables of `layers` are stacked: `layers.mlp.up_proj.kernel` is `[num_hidden_layers,
-    in, out]`.
+    in, out]`, of experts `[num_hidden_layers, num_experts, in, out]`.
     """
 
     def __init__(
@@ -149,7 +88,7 @@ class Llama(nnx.Module):
         self.remat = remat
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
         self.layers = stack(rngs)
-        self.norm = LlamaRMSNorm(config, rngs)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs, **dtypes
@@ -193,45 +132,53 @@ class Llama(nnx.Module):
         as in `__call__`.
 
         Raises:
-          ValueError: `input_ids` is not an int array `[B, T]`.
+          ValueError: `input_ids` is not an int array `[B, T]`; concrete token ids out of range;
+            more tokens than the cache has slots left, where its length is concrete.
         """
         if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
             raise ValueError(
                 f"input_ids must be int [batch, tokens], got {input_ids.dtype}{input_ids.shape}"
             )
+        check_token_ids("input_ids", input_ids, self.config.vocab_size)
         tokens = input_ids.shape[1]
         real = None if attention_mask is None else attention_mask.astype(bool)
+        start: jax.Array | int = 0
         if cache is not None:
+            start = cache.length
             cache = cache.open(jnp.ones(input_ids.shape, bool) if real is None else real)
-            mask, default = _mask_and_positions(cache.mask, cache.length, tokens)
-        elif real is not None:
-            mask, default = _mask_and_positions(real, jnp.zeros((), jnp.int32), tokens)
-        else:
-            mask, default = None, jnp.broadcast_to(jnp.arange(tokens), input_ids.shape)
-        rope = rotation(default if positions is None else positions, self.config)
+            real = cache.mask
+        visible = Visible.of(self.config, real, start, tokens)
+        if positions is None:
+            positions = _positions(real, start, input_ids.shape)
+        rope = rotation(positions, self.config)
 
-        def run(block: LlamaDecoderLayer, carry: Carry, layer: jax.Array) -> Carry:
+        def run(block: LlamaDecoderLayer, carry: Carry, layer: Layer) -> Carry:
             x, cache = carry
-            return block(x, rope, mask, cache, layer)
+            return block(x, rope, visible, cache, layer)
 
         if self.remat:
             run = nnx.remat(run, prevent_cse=False, graph_updates=False)
         run = nnx.scan(run, in_axes=(0, nnx.Carry, 0), out_axes=nnx.Carry, graph_updates=False)
-        layers = jnp.arange(self.config.num_hidden_layers)
+        layers = Layer(jnp.arange(self.config.num_hidden_layers), jnp.asarray(self.config.windowed))
         x, cache = run(self.layers, (self.embed_tokens(input_ids), cache), layers)
         return self.norm(x), cache if cache is None else cache.close(tokens)
 
 
-def _mask_and_positions(
-    real: jax.Array, start: jax.Array, tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """What each of `tokens` queries from slot `start` on may attend to, and their positions.
+def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
+    """ValueError where concrete token ids are not rows of the vocabulary."""
+    if isinstance(ids, jax.core.Tracer):
+        return
+    found = np.asarray(ids)
+    wrong = found[(found < 0) | (found >= vocab_size)]
+    if wrong.size:
+        raise ValueError(
+            f"{name} must be from 0 to vocab_size-1={vocab_size - 1}, got {wrong.flat[0]}"
+        )
 
-    `real`, bool `[B, S]`, is True for the slots that hold real tokens. Returns bool `[B, 1,
-    tokens, S]` and int32 `[B, tokens]`; a position counts the real tokens before it.
-    """
-    slots = jnp.arange(real.shape[1])
-    queries = start + jnp.arange(tokens)
-    mask = real[:, None, None, :] & (slots <= queries[:, None])
+
+def _positions(real: jax.Array | None, start: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """int32 `[B, T]` of tokens in the slots from `start` on: how many real ones are before each."""
+    if real is None:
+        return jnp.broadcast_to(jnp.arange(shape[1]), shape)
     count = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    return mask, jax.lax.dynamic_slice_in_dim(count, start, tokens, axis=1)
+    return jax.lax.dynamic_slice_in_dim(count, start, shape[1], axis=1)

@@ -16,7 +16,7 @@ from q4jax.interop.progress import Progress
 from q4jax.interop.tensor_file import aligned_empty
 from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
-from q4jax.models.names import LEAVES, VariablePath, is_stacked, is_transposed, tensor_names
+from q4jax.models.names import LEAVES, VariablePath, is_transposed, lead_shape, tensor_names
 from q4jax.models.stacks import WeightStack
 from q4jax.spec import FLOAT_DTYPES
 
@@ -46,7 +46,7 @@ class Loader:
 
     def fill(self, model: Llama) -> Llama:
         """The model with values in all its variables; ValueError naming a tensor that is wrong."""
-        layers = model.config.num_hidden_layers
+        config = model.config
 
         def replace(path: str, module: nnx.Module) -> nnx.Module:
             place_of = tuple(path.split("."))
@@ -57,18 +57,18 @@ class Loader:
             ]
             for leaf in leaves:
                 at = (*place_of, leaf)
-                names = tensor_names(at, layers)
+                names = tensor_names(at, config)
                 if leaf == "kernel" and path in self.quantized:
                     continue
                 variable = getattr(module, leaf)
-                value = self._dense(at, names, variable.shape)
+                value = self._dense(at, names, lead_shape(at, config), variable.shape)
                 array = place(f"{path}.{leaf}", value, self.sharding)
                 setattr(module, leaf, variable.replace(array))
             if path not in self.quantized or not isinstance(module, nnx.Linear):
                 return module
-            names = tensor_names((*place_of, "kernel"), layers)
+            names = tensor_names((*place_of, "kernel"), config)
             wanted = (module.out_features, module.in_features)
-            weight = self._weight(names, wanted, is_stacked(place_of))
+            weight = self._weight(names, wanted, lead_shape(place_of, config))
             layer = Linear4bit.from_weight(
                 weight.finish(f"{path}.weight", self.sharding), dtype=self.dtype
             )
@@ -77,9 +77,11 @@ class Loader:
 
         return replace_modules(model, replace)
 
-    def _weight(self, names: list[str], wanted: tuple[int, int], stacked: bool) -> WeightStack:
-        """The 4-bit weight of one module: read, or quantized, layer by layer."""
-        stack = WeightStack(len(names) if stacked else None)
+    def _weight(
+        self, names: list[str], wanted: tuple[int, int], lead: tuple[int, ...]
+    ) -> WeightStack:
+        """The 4-bit weight of one module: read, or quantized, matrix by matrix."""
+        stack = WeightStack(lead)
         for name in names:
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
                 state = self.tensors.read_state(name)
@@ -95,10 +97,16 @@ class Loader:
             self._count(name)
         return stack
 
-    def _dense(self, path: VariablePath, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
-        """One variable: its tensor, or its layers' stacked; transposed if need be."""
+    def _dense(
+        self,
+        path: VariablePath,
+        names: list[str],
+        lead: tuple[int, ...],
+        shape: tuple[int, ...],
+    ) -> np.ndarray:
+        """One variable: its tensor, or those of its leading axes stacked; transposed if need be."""
         value, stored = np.empty(0), None
-        wanted = shape[1:] if is_stacked(path) else shape
+        wanted = shape[len(lead) :]
         for index, name in enumerate(names):
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
                 raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
@@ -115,7 +123,7 @@ class Loader:
                 raise ValueError(
                     f"{name} is {tensor.dtype}, but the same weight of layer 0 is {stored}"
                 )
-            out = value[index] if is_stacked(path) else value
+            out = value[np.unravel_index(index, lead)] if lead else value
             if is_transposed(path):
                 _copy_transposed(self._array(name, tensor), out)
             elif isinstance(self.tensors, Checkpoint) and out.dtype == stored:

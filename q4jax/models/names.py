@@ -1,31 +1,47 @@
-"""How the variables of a Llama are called in Hugging Face checkpoints."""
+"""How the variables of a model of the Llama family are called in Hugging Face checkpoints."""
 
 from typing import Any
+
+import numpy as np
+
+from q4jax.models.architectures import ARCHITECTURES
+from q4jax.models.config import LlamaConfig
 
 VariablePath = tuple[Any, ...]  # of attribute names
 
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
-def tensor_names(path: VariablePath, layers: int) -> list[str]:
-    """The tensors that make up the variable at `path`: one, or one a layer where it is stacked.
+def tensor_names(path: VariablePath, config: LlamaConfig) -> list[str]:
+    """The tensors that make up the variable at `path`: as many as its leading axes count, in order.
 
-    >>> tensor_names(("embed_tokens", "embedding"), layers=2)
+    >>> config = LlamaConfig(64, 32, 48, 2, 4, 4, 8)
+    >>> tensor_names(("embed_tokens", "embedding"), config)
     ['model.embed_tokens.weight']
-    >>> tensor_names(("layers", "mlp", "up_proj", "kernel"), layers=2)
+    >>> tensor_names(("layers", "mlp", "up_proj", "kernel"), config)
     ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
     """
     *modules, leaf = map(str, path)
     if modules[0] != "layers":
         prefix = [] if modules[0] == "lm_head" else ["model"]
         return [".".join([*prefix, *modules, LEAVES[leaf]])]
-    inner = ".".join([*modules[1:], LEAVES[leaf]])
-    return [f"model.layers.{layer}.{inner}" for layer in range(layers)]
+    of_expert = "experts" in modules
+    called = ARCHITECTURES[config.model_type].expert_names if config.experts is not None else {}
+    inner = ".".join(called.get(m, m) if of_expert or m == "mlp" else m for m in modules[1:])
+    template = f"model.layers.{{}}.{inner}.{LEAVES[leaf]}"
+    if of_expert:
+        template = template.replace(".experts.", ".experts.{}.")
+    lead = lead_shape(path, config)
+    return [template.format(*index) for index in np.ndindex(*lead)]
 
 
-def is_stacked(path: VariablePath) -> bool:
-    """Whether the variable has a leading layer axis."""
-    return str(path[0]) == "layers"
+def lead_shape(path: VariablePath, config: LlamaConfig) -> tuple[int, ...]:
+    """The leading axes of the variable: layers, and within them experts."""
+    if str(path[0]) != "layers":
+        return ()
+    if config.experts is None or "experts" not in map(str, path):
+        return (config.num_hidden_layers,)
+    return config.num_hidden_layers, config.experts.num_experts
 
 
 def is_transposed(path: VariablePath) -> bool:

@@ -1,4 +1,4 @@
-"""Llama models from local Hugging Face directories, in full precision or in 4 bits."""
+"""Models of the Llama family from Hugging Face directories, in full precision or in 4 bits."""
 
 import os
 import re
@@ -24,6 +24,7 @@ from q4jax.spec import float_dtype
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+_MAX_SHOWN = 10
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -36,9 +37,10 @@ def from_pretrained(
     sharding: Placement | None = None,
     progress: bool | None = None,
 ) -> Llama:
-    """Loads a Llama from a directory with `config.json` and safetensors.
+    """Loads a model of the Llama family from a directory with `config.json` and safetensors.
 
-    The directory is in float32, float16 or bfloat16, or its projections are 4-bit as
+    Its `model_type` is llama, mistral, qwen2, qwen3, mixtral, qwen2_moe or qwen3_moe. The
+    directory is in float32, float16 or bfloat16, or its projections are 4-bit as
     bitsandbytes writes them. Files are read tensor by tensor: the host holds the model and at most
     a few of its largest tensors at a time.
 
@@ -58,8 +60,9 @@ def from_pretrained(
       progress: whether to draw a bar; None: where stderr is a terminal.
 
     Raises:
-      NotImplementedError: a checkpoint quantized by another method (it is named); a model that is
-        not a plain Llama; a mesh with explicit or manual axes.
+      NotImplementedError: a checkpoint quantized by another method (it is named); another
+        `model_type`, or an entry of the config that is not implemented; a mesh with explicit
+        or manual axes.
       TypeError: `mesh` is not a `jax.sharding.Mesh`.
       FileNotFoundError, ValueError: files or tensors are missing, unexpected, malformed, of the
         wrong shape or dtype, or (when quantizing) not finite. The message names them. Both `mesh`
@@ -107,10 +110,7 @@ def _load(
     sharding: Placement | None,
     bar: Progress,
 ) -> Llama:
-    if config.num_hidden_layers > len(tensors):  # before a name is made for each
-        raise ValueError(
-            f"num_hidden_layers={config.num_hidden_layers}, but there are {len(tensors)} tensors"
-        )
+    _check_sizes(config, len(tensors))
     stored = _embedding_dtype(tensors)
     dtypes: dict[str, Any] = {
         "param_dtype": stored,
@@ -139,9 +139,8 @@ def _load(
 
 def _linear_paths(model: Llama) -> dict[str, list[str]]:
     """The linear layers: dotted path to the tensors of the weight."""
-    layers = model.config.num_hidden_layers
     return {
-        path: tensor_names((*path.split("."), "kernel"), layers)
+        path: tensor_names((*path.split("."), "kernel"), model.config)
         for path, module in walk_modules(model)
         if isinstance(module, nnx.Linear)
     }
@@ -157,21 +156,39 @@ def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
     return float_dtype(layouts[_EMBEDDING].dtype, f"dtype of {_EMBEDDING}")
 
 
+def _check_sizes(config: LlamaConfig, tensors: int) -> None:
+    """ValueError where there are fewer tensors than layers and experts: before each has a name."""
+    count, said = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
+    if config.experts is not None:
+        count *= config.experts.num_experts
+        said += f" and num_experts={config.experts.num_experts}"
+    if count > tensors:
+        raise ValueError(f"{said}, but there are {tensors} tensors")
+
+
 def _check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
     """ValueError unless the model's tensors and the checkpoint's have the same names."""
-    layers = model.config.num_hidden_layers
+    config = model.config
     expected = {
         name
         for path, _ in nnx.to_flat_state(nnx.state(model))
-        for name in tensor_names(path, layers)
+        for name in tensor_names(path, config)
     }
     found = {name for name in tensors if not _DERIVED.search(name)}
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if (
-        model.config.tie_word_embeddings
+        config.tie_word_embeddings
         and _HEAD in unexpected
         and np.array_equal(tensors[_HEAD], tensors[_EMBEDDING])
     ):
         unexpected.remove(_HEAD)
     if missing or unexpected:
-        raise ValueError(f"tensors missing: {missing}; tensors unexpected: {unexpected}")
+        raise ValueError(
+            f"the config of a {config.model_type} does not fit: tensors missing: "
+            f"{_shown(missing)}; tensors unexpected: {_shown(unexpected)}"
+        )
+
+
+def _shown(names: list[str]) -> str:
+    rest = len(names) - _MAX_SHOWN
+    return f"{names[:_MAX_SHOWN]}" + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Llama models to Hugging Face directories."""
+"""Models of the Llama family to Hugging Face directories."""
 
 import os
 from typing import Any
@@ -12,7 +12,7 @@ from q4jax.frozen import thaw
 from q4jax.interop.huggingface import save_directory
 from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
-from q4jax.models.names import LEAVES, is_stacked, is_transposed, tensor_names
+from q4jax.models.names import LEAVES, is_transposed, lead_shape, tensor_names
 from q4jax.params import Params4bit
 
 
@@ -23,7 +23,7 @@ def save_pretrained(
     *,
     quant_storage: str = "uint8",
 ) -> None:
-    """Writes a Llama as `from_pretrained` and transformers read it, dense or with 4-bit layers.
+    """Writes a model as `from_pretrained` and transformers read it, dense or with 4-bit layers.
 
     Args:
       model: without adapters: `interop.peft` writes these, `merge_lora` merges them.
@@ -34,15 +34,18 @@ def save_pretrained(
     Raises:
       TypeError: the model holds variables that are no weights of a Llama; the message names one.
       FileExistsError: a checkpoint is there already.
-      ValueError: 4-bit layers that one `quantization_config` cannot describe.
+      ValueError: 4-bit layers that one `quantization_config` cannot describe; a config that the
+        `model_type` has no entries for.
     """
-    layers = model.config.num_hidden_layers
+    config = model.config
+    entries = config.to_hf()
     tree: dict[str, Any] = {}
     for path_of, module in walk_modules(model):
         at = tuple(path_of.split("."))
         if isinstance(module, Linear4bit):
-            names = tensor_names((*at, "kernel"), layers)
-            tree |= dict(zip(names, _layers(thaw(module.weight), is_stacked(at)), strict=True))
+            names = tensor_names((*at, "kernel"), config)
+            weights = _matrices(thaw(module.weight), lead_shape(at, config))
+            tree |= dict(zip(names, weights, strict=True))
         for leaf, variable in vars(module).items():
             if not isinstance(variable, nnx.Variable):
                 continue
@@ -52,18 +55,18 @@ def save_pretrained(
                     f"{type(variable).__name__}: merge adapters first"
                 )
             value = np.asarray(variable[...])
-            parts = value if is_stacked(at) else value[None]
-            for name, part in zip(tensor_names((*at, leaf), layers), parts, strict=True):
+            parts = value.reshape(-1, *value.shape[len(lead_shape(at, config)) :])
+            for name, part in zip(tensor_names((*at, leaf), config), parts, strict=True):
                 tree[name] = part.T if is_transposed((*at, leaf)) else part
     stored = np.dtype(tree["model.embed_tokens.weight"].dtype)
     for name, leaf in tree.items():
         if name.endswith("norm.weight"):
             tree[name] = _scale(leaf, stored)
-    config = model.config.to_hf() | {"dtype": stored.name}
+    entries["dtype"] = stored.name
     compute = model.embed_tokens.dtype
     if compute is not None:
-        config["quantization_config"] = {"bnb_4bit_compute_dtype": np.dtype(compute).name}
-    save_directory(tree, path, config, quant_storage, max_shard_bytes=max_shard_bytes)
+        entries["quantization_config"] = {"bnb_4bit_compute_dtype": np.dtype(compute).name}
+    save_directory(tree, path, entries, quant_storage, max_shard_bytes=max_shard_bytes)
 
 
 def _scale(scale: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
@@ -75,9 +78,6 @@ def _scale(scale: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
     return cast if np.array_equal(cast.astype(np.float32), scale) else scale
 
 
-def _layers(weight: Params4bit, stacked: bool) -> list[Params4bit]:
-    """The weight of each layer."""
-    if not stacked:
-        return [weight]
-    count = weight.packed.shape[0]
-    return [jax.tree.map(lambda a, i=i: a[i], weight) for i in range(count)]
+def _matrices(weight: Params4bit, lead: tuple[int, ...]) -> list[Params4bit]:
+    """The weight of each layer, or of each of its experts."""
+    return [jax.tree.map(lambda a, at=at: a[at], weight) for at in np.ndindex(*lead)]

@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # Which mesh axis splits what a module computes (its outputs), and what it reads (its inputs).
 _COLUMN, _ROW = ("tensor", "fsdp"), ("fsdp", "tensor")
-_MODULES = {
+_MODULES: dict[str, tuple[str | None, ...]] = {
     "embed_tokens": _COLUMN,
     "q_proj": _COLUMN,
     "k_proj": _COLUMN,
@@ -23,6 +23,8 @@ _MODULES = {
     "up_proj": _COLUMN,
     "down_proj": _ROW,
     "lm_head": _COLUMN,
+    "gate": (None, None),
+    "shared_expert_gate": (None, None),
 }
 # What the axes of a leaf count: the first of outputs and the second of inputs, but for a kernel.
 _MATRICES = {
@@ -42,8 +44,9 @@ class LlamaShardings:
     Projections of the residual stream (q, k, v, gate, up, the head) and the embedding have their
     outputs (its vocabulary) over "tensor" and their inputs (its features) over "fsdp"; o and down,
     which write to the stream, the other way round. The codes of a 4-bit weight are split as its
-    scales, and whole blocks stay together. Double quantization's own scales, norms and biases are
-    replicated, everything is over "data", and the axis of layers is not split.
+    scales, and whole blocks stay together. Double quantization's own scales, norms, biases and the
+    routers of experts are replicated, everything is over "data", and the axes of layers and of
+    experts are not split.
 
     Args:
       mesh: its axes are among "data", "fsdp" and "tensor", in any order, and of the type `Auto`.
@@ -84,7 +87,7 @@ class LlamaShardings:
             return NamedSharding(self.mesh, PartitionSpec())
         if leaf not in _MATRICES or module not in _MODULES:
             raise ValueError(f"{name} is no variable of a Llama: LlamaShardings has no rule for it")
-        lead = (None,) * name.startswith("layers.")
+        lead = (None,) * (name.startswith("layers.") + ("experts" in path))
         axes = _MODULES[module][:: -1 if leaf == "kernel" else 1]
         found = tuple(axis if axis in self.mesh.axis_names else None for axis in axes)
         shape = array.shape[len(lead) :]

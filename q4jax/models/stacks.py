@@ -1,4 +1,6 @@
-"""A 4-bit weight whose layers come one after another."""
+"""A 4-bit weight whose matrices, of layers and experts, come one after another."""
+
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +14,23 @@ _PARTS = ("absmax", "nested_absmax", "offset")
 
 
 class WeightStack:
-    """Collects the arrays of a weight in host memory, stacked over layers.
+    """Collects the arrays of a weight in host memory, stacked over its leading axes.
 
     Args:
-      layers: how many layers will be added; None for a weight that is not stacked.
+      lead: these axes; as many matrices as they count will be added, in order.
     """
 
-    def __init__(self, layers: int | None):
-        self._lead = () if layers is None else (layers,)
+    def __init__(self, lead: tuple[int, ...]):
+        self._lead = lead
         self._count = 0
         self._spec: QuantSpec | None = None
         self._buffers: dict[str, np.ndarray] = {}
 
     def add(self, name: str, state: QuantState) -> np.ndarray:
-        """Takes in the scales of the next layer; returns the memory for its codes, uint8.
+        """Takes in the scales of the next matrix; returns the memory for its codes, uint8.
 
         Raises:
-          ValueError: the layer, of this name, has another description than the first.
+          ValueError: the matrix, of this name, has another description than the first.
         """
         arrays = {part: getattr(state, part) for part in _PARTS[: 3 if state.nested else 1]}
         if self._spec is None:
@@ -42,7 +44,7 @@ class WeightStack:
                 f"{name} is {state.spec.tag()}, but the same weight of layer 0 is "
                 f"{self._spec.tag()}"
             )
-        index = (self._count, ...) if self._lead else (...,)
+        index: Any = (*np.unravel_index(self._count, self._lead), ...)
         self._count += 1
         for part, array in arrays.items():
             self._buffers[part][index] = np.asarray(array)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from q4jax.models import Llama, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent / "vectors")]
 
 TINY = LlamaConfig(
     vocab_size=97,

@@ -66,7 +66,7 @@ def test_to_hf_round_trip(config, scaling):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 import q4jax.models.llama
 from q4jax.models import generate
+from q4jax.models.cache import KVCache
 
 
 def naive(model, ids, steps, forward):
@@ -86,20 +87,77 @@ def test_draws_repeat_with_the_key(model, input_ids):
     assert not np.array_equal(one, other)
 
 
-def test_traced_twice_for_any_number_of_tokens(model, input_ids, monkeypatch):
-    traces = []
+@pytest.fixture
+def traces(monkeypatch):
+    """The shape of the tokens, each time that the model is traced anew."""
+    found = []
     original = q4jax.models.llama.Llama.hidden_states
 
     def counted(self, ids, *args, **kwargs):
-        traces.append(ids.shape)
+        found.append(ids.shape)
         return original(self, ids, *args, **kwargs)
 
     monkeypatch.setattr(q4jax.models.llama.Llama, "hidden_states", counted)
+    return found
+
+
+def test_two_programs_serve_lengths_steps_and_settings(model, input_ids, traces):
     generate(model, input_ids, 17)
-    assert set(traces) == {(2, 11), (2, 1)}
+    assert set(traces) == {(2, 16), (2, 1)}
     seen = len(traces)
-    generate(model, input_ids + 1, 17)
+    for prompt in (1, 5, 11, 16):
+        generate(model, jnp.tile(input_ids, 2)[:, :prompt], 24)
+    generate(model, [[1, 2], [3, 4, 5, 6]], 20, eos_token_id=[1, 2, 3], pad_token_id=4)
+    generate(model, input_ids, 18, callback=lambda tokens: None)
     assert len(traces) == seen
+    for top_k, top_p, temperature in ((3, None, 1.0), (None, 0.5, 2.0), (7, 0.9, 0.5)):
+        key = jax.random.key(top_k or 0)
+        generate(model, input_ids, 17, temperature=temperature, top_k=top_k, top_p=top_p, rng=key)
+    assert len(traces) == 2 * seen
+    generate(model, jnp.tile(input_ids, 2)[:, :17], 17)
+    assert set(traces[2 * seen :]) == {(2, 24), (2, 1)}
+
+
+def test_prompts_of_different_lengths_are_as_each_alone(model, input_ids):
+    prompts = [input_ids[0].tolist(), input_ids[1, :4].tolist(), [7]]
+    together = np.asarray(generate(model, prompts, 6, pad_token_id=3))
+    assert together.shape == (3, 11 + 6)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = np.asarray(generate(model, [prompt], 6))[0]
+        np.testing.assert_array_equal(row[11 - len(prompt) :], alone)
+        assert (row[: 11 - len(prompt)] == 3).all()
+
+
+def test_where_a_prompt_is_padded_does_not_matter(model, input_ids):
+    ids = np.zeros((2, 20), int)
+    mask = np.zeros_like(ids)
+    ids[0, :11], ids[1, 9:] = input_ids[0], input_ids[1]
+    mask[0, :11] = mask[1, 9:] = 1
+    out = generate(model, ids, 5, attention_mask=mask)
+    np.testing.assert_array_equal(out[:, :20], ids)
+    np.testing.assert_array_equal(out[:, 20:], generate(model, input_ids, 5)[:, 11:])
+
+
+def test_the_callback_sees_each_token_once(model, input_ids):
+    free = np.asarray(generate(model, input_ids, 9))[:, 11:]
+    stop = int(free[0, 2])
+    seen = []
+    out = generate(model, input_ids, 9, eos_token_id=stop, pad_token_id=5, callback=seen.append)
+    new = np.asarray(out)[:, 11:]
+    np.testing.assert_array_equal(np.stack(seen, 1), new[:, : len(seen)])
+    assert (new[:, len(seen) :] == 5).all()
+    seen.clear()
+    generate(model, input_ids[:1], 9, eos_token_id=stop, callback=seen.append)
+    assert len(seen) == 1 + np.flatnonzero(free[0] == stop)[0]
+
+
+def test_more_tokens_than_the_cache_holds(model, config, input_ids):
+    cache = KVCache.empty(config, batch=2, capacity=8, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="11 tokens do not fit into a cache of 8 slots, 0 of them"):
+        model.hidden_states(input_ids, cache=cache)
+    _, cache = model.hidden_states(input_ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="4 tokens do not fit .* 8 slots, 5 of them filled"):
+        model.hidden_states(input_ids[:, :4], cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +169,19 @@ def test_traced_twice_for_any_number_of_tokens(model, input_ids, monkeypatch):
         ({"temperature": 1.0, "top_k": 98}, "top_k .* vocab_size=97, got 98"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p .* got 0.0"),
         ({"max_new_tokens": -1}, "max_new_tokens .* -1"),
-        ({"max_new_tokens": 54}, "max_new_tokens=54: 65 .* max_position_embeddings=64"),
-        ({"input_ids": jnp.zeros((2, 0), int)}, "input_ids .*2, 0"),
+        ({"max_new_tokens": 54}, "prompt has 11 .* max_new_tokens=54: 65 .* context of 64"),
+        ({"input_ids": [[1] * 70]}, "prompt has 70 tokens .* context of 64"),
+        ({"input_ids": jnp.zeros((2, 0), int)}, "prompt 0 of input_ids has no tokens"),
+        ({"input_ids": jnp.zeros((0, 2), int)}, "input_ids must hold a prompt, got .0, 2."),
+        ({"input_ids": [[1, 2], []]}, "prompt 1 of input_ids has no tokens"),
+        ({"input_ids": []}, "input_ids must be a list of lists"),
+        ({"input_ids": [1, 2]}, "input_ids must be a list of lists"),
+        ({"input_ids": [[1.5]]}, "input_ids must be integers, got float64"),
+        ({"input_ids": [[1], [5, 97]]}, "prompt 1 must be from 0 to .*=96, got 97"),
+        ({"input_ids": jnp.array([[3, -1]])}, "prompt 0 must be from 0 to .*=96, got -1"),
+        ({"input_ids": [[1]], "attention_mask": jnp.ones((1, 1))}, "must be None for a list"),
+        ({"eos_token_id": [5, 97]}, "eos_token_id must be from 0 to .*=96, got 97"),
+        ({"pad_token_id": -1}, "pad_token_id must be from 0 to .*=96, got -1"),
         ({"input_ids": jnp.zeros(3, int)}, "input_ids .*3,"),
         ({"input_ids": jnp.zeros((2, 3))}, "input_ids .* float32"),
         ({"attention_mask": jnp.ones((2, 3))}, "attention_mask .*2, 3"),
@@ -122,3 +191,8 @@ def test_bad_arguments_are_named(model, input_ids, change, message):
     arguments = {"input_ids": input_ids, "max_new_tokens": 4} | change
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+def test_tokens_out_of_range_are_named_by_the_model(model):
+    with pytest.raises(ValueError, match="input_ids must be from 0 to vocab_size-1=96, got 97"):
+        model(jnp.array([[1, 97]]))

@@ -1,0 +1,150 @@
+"""Makes the vectors beside it: what transformers computes with small models of each architecture.
+
+    pip install "transformers>=5" torch safetensors
+    python tests/models/vectors/make_vectors.py
+
+One safetensors file a case: `input_ids` and `attention_mask` (two prompts, the second one shorter
+and padded on the left), `logits`, and `tokens`, the prompts continued greedily. Its metadata hold
+the `config.json` and the names and shapes of the tensors that transformers writes; their values
+are those of `random_weights`.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+from random_weights import random_weights
+from safetensors.numpy import load_file, save_file
+
+HERE = pathlib.Path(__file__).parent
+SEED, PROMPT, SHORTER, NEW = 7, 20, 6, 12
+# The two likeliest tokens of a step are further apart than rounding could move them, in parts of
+# the largest logit.
+MARGIN = 1e-3
+
+BASE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def rope(**values):
+    return {"rope_parameters": {"rope_theta": 10000.0, **values}}
+
+
+CASES = {
+    "llama": ("Llama", rope(**LLAMA3) | {"attention_bias": True, "mlp_bias": True}),
+    "llama_linear_tied": (
+        "Llama",
+        rope(rope_type="linear", factor=4.0) | {"tie_word_embeddings": True},
+    ),
+    "llama_dynamic": (
+        "Llama",
+        rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 16},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 16}),
+    "qwen2": (
+        "Qwen2",
+        rope(**YARN) | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen3": (
+        "Qwen3",
+        rope(**YARN, beta_fast=4.0, beta_slow=0.5, attention_factor=1.3, truncate=False)
+        | {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "mixtral": ("Mixtral", {"sliding_window": 7, "num_local_experts": 5}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        EXPERTS
+        | {
+            "shared_expert_intermediate_size": 40,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 3,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        EXPERTS
+        | {
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+}
+
+
+def make(kind, changes, folder):
+    """The arrays and the metadata of a case."""
+    config = getattr(transformers, f"{kind}Config")(**BASE | changes)
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    cls(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    shapes = {name: tensor.shape for name, tensor in load_file(file).items()}
+    save_file(random_weights(shapes, SEED), file, metadata={"format": "pt"})
+    model = cls.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+    ids = np.random.default_rng(SEED).integers(0, BASE["vocab_size"], (2, PROMPT))
+    mask = np.ones_like(ids)
+    ids[1, :SHORTER] = mask[1, :SHORTER] = 0
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad():
+        logits = model(**inputs).logits.numpy()
+        out = model.generate(
+            **inputs,
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    for step in out.logits:
+        first, second = step.topk(2).values.T
+        assert ((first - second) > MARGIN * step.abs().max()).all(), "too close to call"
+    arrays = {
+        "input_ids": ids.astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "logits": logits,
+        "tokens": out.sequences.numpy().astype(np.int32),
+    }
+    written = json.loads((folder / "config.json").read_text())
+    written["dtype"] = "float32"
+    metadata = {
+        "transformers": transformers.__version__,
+        "seed": str(SEED),
+        "config": json.dumps(written),
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+    }
+    return arrays, metadata
+
+
+if __name__ == "__main__":
+    for name, (kind, changes) in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            arrays, metadata = make(kind, changes, pathlib.Path(folder))
+        save_file(arrays, HERE / f"{name}.safetensors", metadata=metadata)
+        print(name, np.abs(arrays["logits"]).max(), arrays["tokens"][:, PROMPT:].tolist())
