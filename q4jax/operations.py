@@ -84,7 +84,7 @@ class Operation:
         if self.name == "dequantize":
             return (weight.arrays,), (weight.full,)
         batch = operands[0].shape if self.name == "rows" else operands[0].shape[:-1]
-        batch = tuple(Dim(f"batch{i}") for i in range(len(batch)))
+        batch = _batch(batch)
         rows, columns = weight.full[-2:]
         if self.name == "rows":
             return (batch, weight.arrays), ((*batch, columns),)
@@ -101,6 +101,29 @@ class Operation:
           sizes: of the mesh axes in `split`.
         """
         return lambda *operands: _RUN[self.name](_Shard(self, split, sizes), *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFeatures:
+    """The identity `(x,) -> (x,)` for `x [..., features]` whose features are never split."""
+
+    name = "features"
+    implementation = None
+    contraction = None
+    gathers = False
+
+    def dims(self, x: Array) -> tuple[Any, tuple[Dims, ...]]:
+        """As `Operation.dims`."""
+        dims = (*_batch(x.shape[:-1]), _WHOLE)
+        return (dims,), (dims,)
+
+    def on_shard(self, split: Split, sizes: Mapping[str, int]) -> Callable[..., tuple[Array, ...]]:
+        """As `Operation.on_shard`."""
+        return lambda x: (x,)
+
+
+def _batch(shape: tuple[int, ...]) -> Dims:
+    return tuple(Dim(f"batch{i}") for i in range(len(shape)))
 
 
 class _Weight(NamedTuple):

@@ -28,14 +28,14 @@ from jax.experimental.custom_partitioning import (
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from q4jax import plan
-from q4jax.operations import Axes, Dim, Dims, Operation, Split
+from q4jax.operations import Axes, Dim, Dims, Operation, Split, WholeFeatures
 from q4jax.plan import Placed
 
 _WEIGHT = {"linear": 1, "transposed": 1, "rows": 1, "dequantize": 0}
 """Operation -> the number of the operand that is a weight's arrays."""
 
 
-def run(operation: Operation, *operands: Any) -> tuple[Array, ...]:
+def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ...]:
     """The operation's results; operands are as `Operation` describes them.
 
     Raises:
@@ -47,25 +47,37 @@ def run(operation: Operation, *operands: Any) -> tuple[Array, ...]:
     return tuple(_batched(operation, tree, 0)(*flat))
 
 
+@jax.custom_vjp
+def whole_features(x: Array) -> Array:
+    """`x [..., features]`, no device with a part of the features only.
+
+    For a residual stream, to which weights that are split every way are added: the compiler would
+    take a split of features over from them, and give up that of the batch. The gradient is treated
+    alike. With explicit or manual axes x says itself how it lies, and nothing is done.
+    """
+    return run(WholeFeatures(), x)[0]
+
+
+whole_features.defvjp(lambda x: (whole_features(x), None), lambda _, g: (whole_features(g),))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """An operation on flat operands, which have `lead` axes more, as `vmap` adds them."""
 
-    operation: Operation
+    operation: Operation | WholeFeatures
     tree: Any
     lead: int
 
-    def places(
-        self, shapes: Sequence[tuple[int, ...]], axes: Sequence[Any]
-    ) -> tuple[list[Placed], list[Dims]]:
+    def places(self, arrays: Sequence[Any], axes: Sequence[Any]) -> tuple[list[Placed], list[Dims]]:
         """The operands, given how they lie; what the axes of the results mean."""
         lead = tuple(Dim(f"vmap{i}") for i in range(self.lead))
-        bare = [jax.ShapeDtypeStruct(shape[self.lead :], jnp.uint8) for shape in shapes]
+        bare = [jax.ShapeDtypeStruct(a.shape[self.lead :], a.dtype) for a in arrays]
         operands, results = self.operation.dims(*jax.tree.unflatten(self.tree, bare))
         flat = jax.tree.leaves(operands, is_leaf=_is_dims)
         placed = [
-            Placed((*lead, *dims), tuple(shape), a)
-            for dims, shape, a in zip(flat, shapes, axes, strict=True)
+            Placed((*lead, *dims), tuple(array.shape), split, array.dtype.itemsize)
+            for dims, array, split in zip(flat, arrays, axes, strict=True)
         ]
         return placed, [(*lead, *dims) for dims in results]
 
@@ -77,7 +89,8 @@ class _Call:
         numbers = jax.tree.unflatten(self.tree, range(len(placed)))
         mine = [] if number is None else jax.tree.leaves(numbers[number])[:2]
         weight = [placed[i] for i in mine]
-        plan.check_weight(self.operation.spec.tag(), weight, sizes)
+        if isinstance(self.operation, Operation):
+            plan.check_weight(self.operation.spec.tag(), weight, sizes)
         others = [p for i, p in enumerate(placed) if i not in mine]
         return plan.decide(others, results, weight, self.operation.contraction, sizes)
 
@@ -129,7 +142,9 @@ def _is_dims(node: Any) -> bool:
 
 
 @functools.cache
-def _batched(operation: Operation, tree: Any, lead: int) -> Callable[..., tuple[Array, ...]]:
+def _batched(
+    operation: Operation | WholeFeatures, tree: Any, lead: int
+) -> Callable[..., tuple[Array, ...]]:
     """The operation under `vmap`, which adds an axis in front to every operand."""
     call = _Call(operation, tree, lead)
 
@@ -162,6 +177,8 @@ def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
             "them of one type"
         )
     if explicit:
+        if isinstance(call.operation, WholeFeatures):
+            return tuple(flat)
         return _explicit(call, flat, mesh, explicit)
     if auto and AxisType.Manual in axes:
         return _partly_manual(call, flat, auto)
@@ -174,6 +191,8 @@ def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
 def _partly_manual(call: _Call, flat: Sequence[Array], auto: tuple[str, ...]) -> tuple[Array, ...]:
     # There the compiler does not say how operands lie, so it must see what is computed.
     operation = call.operation
+    if isinstance(operation, WholeFeatures):
+        return tuple(flat)
     if operation.implementation not in (None, "xla"):
         raise NotImplementedError(
             f"implementation={operation.implementation!r} inside a shard_map that leaves the mesh "
@@ -188,7 +207,7 @@ def _explicit(
 ) -> tuple[Array, ...]:
     sizes = dict(mesh.shape)
     axes = [plan.spec_axes(jax.typeof(a).sharding.spec, a.ndim, sizes) for a in flat]
-    placed, results = call.places([a.shape for a in flat], axes)
+    placed, results = call.places(flat, axes)
     split = call.decide(placed, [], sizes)
     into, out = call.specs(split, [p.dims for p in placed], results)
     function = jax.shard_map(
@@ -217,14 +236,14 @@ def _auto(
             mesh = _mesh_of(operands[0], context)
         sizes = dict(mesh.shape)
         lies = [_axes(a, mesh) for a in operands]
-        placed, dims = call.places([a.shape for a in operands], lies)
+        placed, dims = call.places(operands, lies)
         goals = [Placed(d, r.shape, _axes(r, mesh)) for d, r in zip(dims, wanted, strict=True)]
         split = call.decide(placed, goals, sizes)
         specs = call.specs(split, [p.dims for p in placed], dims)
         into, out = (tuple(NamedSharding(mesh, spec) for spec in part) for part in specs)
         return mesh, call.on_shard(split, sizes), out, into
 
-    placed, dims = call.places([a.shape for a in shapes], [None] * len(shapes))
+    placed, dims = call.places(shapes, [None] * len(shapes))
     # Not decoded by JAX, which can only where the program names its mesh, and raises where a mesh
     # axis is split in parts.
     rule = _rule(placed, dims, call.operation.contraction)

@@ -16,11 +16,18 @@ class Placed(NamedTuple):
       dims: what its axes mean.
       shape: sizes of all devices together.
       axes: for each axis, the mesh axes that split it; None: not known.
+      itemsize: bytes of an element.
     """
 
     dims: Dims
     shape: tuple[int, ...]
     axes: tuple[Axes, ...] | None
+    itemsize: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all devices together."""
+        return math.prod(self.shape) * self.itemsize
 
     def claims(self) -> dict[str, Axes]:
         """Label -> the mesh axes that split it here."""
@@ -60,9 +67,10 @@ def decide(
     """The split that moves least, as a rule of precedence.
 
     A mesh axis goes to the first that has it of: leading axes of the weight; the contraction, where
-    the weight and the other operand are both split by it; the results; the other operands; the
-    weight. So a weight stays where it lies, unless the batch is split over the same axis: then its
-    codes and scales are gathered, as bytes.
+    the weight and the other operand are both split by it; the results and the batch of the other
+    operands, whose batch comes first where it is more bytes than the weight; the weight; the other
+    operands. So a weight stays where it lies, unless the batch is split over the same axis: then
+    its codes and scales are gathered, as bytes, or a smaller batch is.
 
     Args:
       operands: all but the weight's.
@@ -79,8 +87,10 @@ def decide(
         if contraction in other and contraction in fixed:
             both = tuple(axis for axis in fixed[contraction] if axis in other[contraction])
             claims.append((contraction, both))
-    claims += [claim for one in wanted for claim in one.items()]
-    claims += [claim for one in given for claim in one.items() if claim[0] != contraction]
+    goals = [claim for one in wanted for claim in one.items()]
+    batch = [claim for one in given for claim in one.items() if claim[0].startswith("batch")]
+    larger = sum(o.nbytes for o in operands) > sum(w.nbytes for w in weight)
+    claims += [*batch, *goals] if larger else [*goals, *batch]
     claims += fixed.items()
     claims += [claim for one in given for claim in one.items()]
     parts = units([*operands, *results, *weight])

@@ -19,6 +19,7 @@ from q4jax.models.config import LlamaConfig
 from q4jax.models.mlp import LlamaExperts, LlamaMLP
 from q4jax.models.norm import LlamaRMSNorm
 from q4jax.models.rope import rotation
+from q4jax.partition import whole_features
 
 Carry = tuple[jax.Array, KVCache | None]  # residual stream, cache
 
@@ -48,9 +49,12 @@ class LlamaDecoderLayer(nnx.Module):
         layer: Layer,
     ) -> Carry:
         """`x [B, T, hidden_size]` to the same shape; arguments as in `LlamaAttention`."""
-        y, cache = self.self_attn(self.input_layernorm(x), rope, visible, cache, layer)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        # Whole where each of these begins or ends: the weights between are split every way.
+        h = whole_features(self.input_layernorm(x))
+        y, cache = self.self_attn(h, rope, visible, cache, layer)
+        x = whole_features(x + whole_features(y))
+        h = whole_features(self.post_attention_layernorm(x))
+        return whole_features(x + whole_features(self.mlp(h))), cache
 
 
 class Llama(nnx.Module):
@@ -160,7 +164,7 @@ class Llama(nnx.Module):
             run = nnx.remat(run, prevent_cse=False, graph_updates=False)
         run = nnx.scan(run, in_axes=(0, nnx.Carry, 0), out_axes=nnx.Carry, graph_updates=False)
         layers = Layer(jnp.arange(self.config.num_hidden_layers), jnp.asarray(self.config.windowed))
-        x, cache = run(self.layers, (self.embed_tokens(input_ids), cache), layers)
+        x, cache = run(self.layers, (whole_features(self.embed_tokens(input_ids)), cache), layers)
         return self.norm(x), cache if cache is None else cache.close(tokens)
 
 

@@ -1,5 +1,6 @@
 """Models of the Llama family from Hugging Face directories, in full precision or in 4 bits."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -131,6 +132,8 @@ def _load(
             if name in specs
         }
     if isinstance(sharding, LlamaShardings):
+        if len(set(blocksizes.values())) == 1:
+            sharding = dataclasses.replace(sharding, blocksize=next(iter(blocksizes.values())))
         sharding.check(model, blocksizes)
     layers_dtype = (quantization and quantization.dtype) or dtypes["dtype"]
     loader = Loader(tensors, frozenset(blocksizes), quantization, layers_dtype, sharding, bar)

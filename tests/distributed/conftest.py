@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hlo import Collective, collectives  # on the path by tests/conftest.py
+from collectives import Collective, collectives  # on the path by tests/conftest.py
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -37,12 +37,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import q4jax
-from q4jax.models import from_pretrained, generate
+from q4jax.models import LlamaShardings, from_pretrained, generate
 
 LLAMA, WIDE, TIED = sys.argv[1:]
 COLUMN, ROW = ("tensor", "fsdp"), ("fsdp", "tensor")
 OUT_IN = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"], COLUMN)
-OUT_IN |= {"embed_tokens": COLUMN, "o_proj": ROW, "down_proj": ROW}
+OUT_IN |= {"embed_tokens": (("tensor", "fsdp"), None), "o_proj": ROW, "down_proj": ROW}
 ids = jnp.arange(24).reshape(2, 12) * 13 % 320
 forward = nnx.jit(lambda model, ids: model(ids))
 
@@ -57,10 +57,11 @@ def check(model, mesh):
         leaf = names[-1].split("__")[0]
         expected = P()
         if leaf in ("kernel", "embedding", "packed", "absmax"):
-            axes = [axis if axis in mesh.axis_names else None for axis in OUT_IN[module]]
+            tuples = [(a,) if isinstance(a, str) else a or () for a in OUT_IN[module]]
+            axes = [tuple(a for a in part if a in mesh.axis_names) for part in tuples]
             axes = axes[::-1] if leaf == "kernel" else axes
-            expected = P(*[None] * (names[0] == "layers"), *axes)
-            used = [axis for axis in axes if axis]
+            expected = P(*[None] * (names[0] == "layers"), *(part or None for part in axes))
+            used = [axis for part in axes for axis in part]
             parts = int(np.prod([mesh.shape[axis] for axis in used]))
             split += parts > 1
             for shard in array.addressable_shards:
@@ -75,7 +76,10 @@ def check(model, mesh):
 
 def compare(path, shape, names, split, quantization=None, text=False):
     mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
-    model = from_pretrained(path, quantization, mesh=mesh)
+    if quantization is None:
+        model = from_pretrained(path, sharding=LlamaShardings(mesh, blocksize=32))
+    else:
+        model = from_pretrained(path, quantization, mesh=mesh)
     assert check(model, mesh) == split, check(model, mesh)
     key = path, quantization
     if key not in unsharded:
@@ -148,15 +152,21 @@ def test_a_mesh_of_one_device(forward, input_ids):
     ("sizes", "blocksize", "message"),
     [
         ({"tensor": 3}, None, "embed_tokens.embedding has 320 rows, .* 'tensor' of size 3 does"),
-        ({"fsdp": 3}, None, "embed_tokens.embedding has 256 columns, .* 'fsdp' of size 3 does"),
-        ({"fsdp": 5, "data": 3}, 64, "embed_tokens.embedding has 256 columns"),
+        (
+            {"fsdp": 3},
+            None,
+            "embed_tokens.embedding has 320 rows, which the mesh axis 'fsdp' of size 3 does not",
+        ),
+        (
+            {"data": 2, "fsdp": 5},
+            64,
+            r"down_proj.weight.absmax has 256 rows, which the mesh axis 'fsdp' of size 5",
+        ),
         (
             {"data": 2, "tensor": 5},
             None,
-            r"layers.\S*_proj.kernel has (256|512) (in|out)puts, .* 5",
+            r"layers.\S*_proj.kernel has 8 blocks or features .* 5 does not divide, and 256 rows",
         ),
-        ({"fsdp": 8}, 64, r"layers.\S*.weight.absmax has 4 blocks a row, .*'fsdp' of size 8 does"),
-        ({"tensor": 8}, 128, r"layers.\S*.weight.absmax has . blocks a row, .*'tensor' of size 8"),
         ({"tensor": 2}, 1024, r"layers.\S*.weight.absmax is flat, .* 'tensor' of size 2 does not"),
     ],
 )
@@ -168,13 +178,42 @@ def test_axes_that_do_not_divide(folder, sizes, blocksize, message, monkeypatch)
     assert "\n" not in str(error.value)
 
 
-def test_blocks_of_a_quantized_directory_stay_whole(monkeypatch):
-    monkeypatch.setattr("q4jax.models.loading.Loader.fill", None)
-    message = (
-        r"layers.mlp.\S*.weight.absmax has 2 blocks a row, which the mesh axis 'fsdp' of size 4"
-    )
-    with pytest.raises(ValueError, match=message):
-        from_pretrained(LLAMA, mesh=mesh_of(fsdp=4))
+def test_an_axis_that_does_not_divide_the_blocks_splits_the_outputs():
+    rules = LlamaShardings(mesh_of(fsdp=4, tensor=2), blocksize=64)
+
+    def spec(name, *shape):
+        return tuple(rules(f"layers.{name}", jax.ShapeDtypeStruct((2, *shape), np.float32)).spec)
+
+    both = (None, ("tensor", "fsdp"), None)
+    # 576 inputs are 9 blocks, which neither axis divides; 1536 are 24.
+    for part, width in (("packed", 288), ("absmax", 9)):
+        assert spec(f"self_attn.q_proj.weight.{part}", 192, width) == both
+        assert spec(f"self_attn.o_proj.base.weight.{part}", 576, width) == both
+    assert spec("self_attn.q_proj.kernel", 576, 192) == (None, None, ("tensor", "fsdp"))
+    assert spec("mlp.down_proj.weight.absmax", 576, 24) == (None, "fsdp", "tensor")
+    assert spec("mlp.down_proj.weight.packed__nf4_b64_n256", 576, 768) == (None, "fsdp", "tensor")
+    assert spec("mlp.down_proj.lora_a", 1536, 8) == ()
+    with pytest.raises(ValueError, match="9 blocks or features in a row, .* and 100 rows"):
+        spec("self_attn.q_proj.weight.absmax", 100, 9)
+
+
+def test_experts_go_over_their_axis():
+    rules = LlamaShardings(mesh_of(expert=2, fsdp=2))
+    kernel = jax.ShapeDtypeStruct((3, 4, 128, 64), np.float32)
+    name = "layers.mlp.experts.up_proj.kernel"
+    assert tuple(rules(name, kernel).spec) == (None, "expert", "fsdp", None)
+    with pytest.raises(ValueError, match=r"has 3 experts, which the mesh axis 'expert' of size 2"):
+        rules(name, jax.ShapeDtypeStruct((3, 3, 128, 64), np.float32))
+
+
+def test_settings_of_other_blocks():
+    """Codes and scales would not lie alike: found before anything is read."""
+    model = nnx.eval_shape(lambda: Llama(WIDE, rngs=nnx.Rngs(0)))
+    rules = LlamaShardings(mesh_of(fsdp=8), blocksize=32)
+    sizes = {"layers.self_attn.q_proj": 64}
+    with pytest.raises(ValueError, match=r"blocks of 64, the rules are for 32: its scales would"):
+        rules.check(model, sizes)
+    rules.check(model, {"layers.self_attn.q_proj": 32})
 
 
 def test_a_flat_weight_on_axes_of_size_one(folder):
@@ -185,7 +224,7 @@ def test_a_flat_weight_on_axes_of_size_one(folder):
 
 
 def test_bad_meshes(folder):
-    names = r"those known are \('data', 'fsdp', 'tensor'\)"
+    names = r"those known are \('data', 'fsdp', 'tensor', 'expert'\)"
     for mesh in (mesh_of(model=1), mesh_of(fsdp=1, x=1), mesh_of()):
         with pytest.raises(ValueError, match=names):
             from_pretrained(folder, mesh=mesh)
@@ -202,6 +241,6 @@ def test_bad_meshes(folder):
     with pytest.raises(ValueError, match="mesh and sharding both say"):
         from_pretrained(folder, mesh=rules.mesh, sharding=rules)
     array = jax.ShapeDtypeStruct((8, 8), np.float32)
-    for name in ("kernel", "up_proj.lora_a", "layers.mlp.router.kernel", ""):
+    for name in ("kernel", "layers.mlp.router.kernel", ""):
         with pytest.raises(ValueError, match=f"{name} is no variable of a Llama"):
             rules(name, array)

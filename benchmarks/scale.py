@@ -1,0 +1,191 @@
+"""QLoRA of Llama-2-7B and -70B on 8, 64 and 512 devices: bytes per device, from the compiler.
+
+    python benchmarks/scale.py [--out FILE] [--models 7b 70b] [--devices 8 64 512]
+
+Nothing is allocated: the step of a fine-tuning run is lowered and compiled from shapes alone, for
+simulated CPU devices. Beside the compiled program's bytes stand those of a closed formula. What the
+program keeps while it runs ("temporary") is an upper bound for accelerators: the CPU compiler
+widens 16-bit operands to float32 and does not fuse attention.
+"""
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from collectives import collectives
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import q4jax
+from q4jax.models import Llama, LlamaConfig, LlamaShardings
+
+MESHES = {
+    8: {"fsdp": 8},
+    64: {"fsdp": 16, "tensor": 4},
+    512: {"data": 8, "fsdp": 16, "tensor": 4},
+}
+MODELS = {
+    "7b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+    "70b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+}
+RANK, LENGTH, BLOCKSIZE = 16, 2048, 64
+
+
+def abstract(config: LlamaConfig, mesh: Mesh) -> tuple[Llama, nnx.Optimizer]:
+    """Model and optimizer without arrays, each variable with its place on the mesh."""
+
+    def make() -> tuple[Llama, nnx.Optimizer]:
+        dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+        model = Llama(config, rngs=nnx.Rngs(0), **dtypes)
+        model = q4jax.quantize_model(model, quant_type="nf4", blocksize=BLOCKSIZE)
+        model = q4jax.add_lora(model, RANK, 2.0 * RANK)
+        model.remat = True
+        return model, nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
+
+    model, optimizer = nnx.eval_shape(make)
+    rules = LlamaShardings(mesh, blocksize=BLOCKSIZE)
+    return rules.place(model), rules.place(optimizer)
+
+
+def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+    """One step of fine-tuning, as `examples/finetune.py` does it."""
+
+    def loss(model: Llama) -> jax.Array:
+        logits = model(tokens[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
+    """Bytes per device by arithmetic: what is stored, and what is moved in a step."""
+    sizes = dict(mesh.shape)
+    fsdp, tensor, data = (sizes.get(name, 1) for name in ("fsdp", "tensor", "data"))
+    h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * config.head_dim
+    matrices = [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]  # out, in
+    weights = layers * sum(n * k for n, k in matrices)
+    # A byte for two codes, a byte for each scale, 4 bytes for 256 of these (replicated).
+    quantized = weights / 2 + weights / BLOCKSIZE
+    nested = 4 * weights / BLOCKSIZE / 256
+    dense = 2 * 2 * config.vocab_size * h  # the embedding and the head
+    adapters = layers * sum(RANK * (n + k) for n, k in matrices)
+    stored = (quantized + dense) / (fsdp * tensor) + nested + 12 * adapters
+    # Codes and scales: for the forward pass, and once for both halves of the backward pass.
+    gathered = 2 * quantized / tensor if fsdp > 1 else 0.0
+    gathered += 2 * dense / tensor if fsdp > 1 else 0.0
+    reduced = 4.0 * adapters if fsdp * data > 1 else 0.0
+    # Sums of partial results: of attention and MLP, forward, recomputed, and backward.
+    summed = (2 * LENGTH * h) * layers * 2 * 3 if tensor > 1 else 0.0
+    return {"arguments": stored, "moved": gathered + reduced + summed}
+
+
+def measure(name: str, devices: int) -> dict[str, Any]:
+    """One row: the program for one model and mesh."""
+    config, sizes = MODELS[name], MESHES[devices]
+    grid = np.array(jax.devices()).reshape(tuple(sizes.values()))
+    mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    model, optimizer = abstract(config, mesh)
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in sizes)
+    batch = math.prod(sizes[axis] for axis in axes)
+    tokens = jax.ShapeDtypeStruct(
+        (batch, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(axes))
+    )
+    began = time.perf_counter()
+    step = nnx.jit(train_step, donate_argnums=(0, 1))
+    compiled = step.lower(model, optimizer, tokens).compile()
+    memory = compiled.memory_analysis()
+    moved: dict[str, int] = {}
+    for collective in collectives(compiled.as_text()):
+        key = f"{collective.kind} {collective.dtype}"
+        moved[key] = moved.get(key, 0) + collective.nbytes
+    return {
+        "model": name,
+        "mesh": ",".join(f"{axis}={size}" for axis, size in sizes.items()),
+        "devices": devices,
+        "tokens": batch * LENGTH,
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "moved": sum(moved.values()),
+        "moved_by_kind": moved,
+        "formula": formula(config, mesh),
+        "compile_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    """The row for people."""
+    gigabytes = {key: row[key] / 1e9 for key in ("arguments", "temporary", "moved")}
+    expected = {key: value / 1e9 for key, value in row["formula"].items()}
+    print(
+        f"{row['model']:>4} on {row['mesh']:<24} arguments {gigabytes['arguments']:6.2f} GB "
+        f"(formula {expected['arguments']:6.2f}), temporary {gigabytes['temporary']:6.2f} GB, "
+        f"moved {gigabytes['moved']:7.2f} GB (formula {expected['moved']:7.2f}), "
+        f"compiled in {row['compile_seconds']} s"
+    )
+
+
+def main() -> None:
+    """A process for each number of devices."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--devices", nargs="+", type=int, choices=MESHES, default=list(MESHES))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.devices[0])
+        print(json.dumps(measure(args.one, args.devices[0])))
+        return
+    rows = []
+    for devices in args.devices:
+        for name in args.models:
+            command = [sys.executable, __file__, "--one", name, "--devices", str(devices)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            show(rows[-1])
+    if args.out:
+        versions = {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        }
+        settings = {"rank": RANK, "length": LENGTH, "blocksize": BLOCKSIZE}
+        report = {"versions": versions, "settings": settings, "rows": rows}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""QLoRA on meshes: the losses of one device, untouched codes, and only bytes gathered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import mesh_of
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import q4jax
+from q4jax.models import Llama, LlamaConfig, LlamaShardings
+
+# Every axis of the meshes divides every width: 3 divides 384 and 768, and 384 / 32 blocks.
+CONFIG = LlamaConfig(
+    vocab_size=192,
+    hidden_size=384,
+    intermediate_size=768,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    num_key_value_heads=6,
+    head_dim=32,
+)
+MESHES = [
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "tensor": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 8},
+    {"fsdp": 3},
+    {"tensor": 3},
+    {"fsdp": 2, "tensor": 3},
+    {"data": 2, "tensor": 4},
+]
+TOKENS = np.random.default_rng(0).integers(0, 192, (2, 24, 17), np.int32)
+STEPS = 20
+
+
+def make(mesh=None):
+    """The model with adapters, and the optimizer of these, on the mesh."""
+    model = Llama(CONFIG, rngs=nnx.Rngs(1))
+    if mesh is not None:
+        LlamaShardings(mesh, blocksize=32).place(model)
+    model = q4jax.quantize_model(model, blocksize=32)
+    model = q4jax.add_lora(model, 4, 16.0, rngs=nnx.Rngs(2))
+    model.remat = True
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    if mesh is not None:
+        LlamaShardings(mesh, blocksize=32).place(model)
+        LlamaShardings(mesh, blocksize=32).place(optimizer)
+    return model, optimizer
+
+
+@nnx.jit
+def step(model, optimizer, tokens):
+    def loss(model):
+        logits = model(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    optimizer.update(model, grads)
+    return value
+
+
+def place(tokens, mesh=None):
+    """A batch, the same in every process, over the axes that split batches."""
+    if mesh is None:
+        return jnp.asarray(tokens)
+    axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
+    sharding = NamedSharding(mesh, PartitionSpec(axes or None))
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda part: tokens[part])
+
+
+def train(model, optimizer, mesh=None):
+    """The losses of all steps."""
+    batches = [place(tokens, mesh) for tokens in TOKENS]
+    return [float(step(model, optimizer, batches[n % len(TOKENS)])) for n in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The losses of one device, and the codes before training."""
+    model, optimizer = make()
+    digest = q4jax.fingerprint(model)
+    losses = train(model, optimizer)
+    assert losses[-1] < losses[0] - 0.1, "it does not learn"
+    return losses, digest
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_losses_are_those_of_one_device(sizes, alone, moved):
+    losses, digest = alone
+    mesh = mesh_of(**sizes)
+    model, optimizer = make(mesh)
+    assert q4jax.fingerprint(model) == digest, "quantized on the mesh, bit for bit"
+    packed = model.layers.mlp.down_proj.base.weight.packed[...]
+    split = int(np.prod([sizes.get(axis, 1) for axis in ("fsdp", "tensor")]))
+    assert packed.addressable_shards[0].data.size * split == packed.size
+    np.testing.assert_allclose(train(model, optimizer, mesh), losses, rtol=0, atol=1e-4)
+    assert q4jax.fingerprint(model) == digest
+    for variable in jax.tree.leaves(nnx.state(model, q4jax.frozen.Frozen4bit)):
+        assert variable.sharding.mesh == mesh, "still where it was"
+
+    collectives = moved(step, model, optimizer, place(TOKENS[0], mesh))
+    widths = {CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.hidden_size // 2}
+    parts = {width // d for width in widths for d in (1, 2, 3, 4, 8)}
+    tokens = 24 * 16
+    for c in collectives:
+        # No float array as large as a part of a weight whose both sides are widths of the model:
+        # activations have a side of tokens, adapters one of the rank, scales one of blocks.
+        if c.is_float and len(c.shape) >= 2 and c.size > tokens:
+            assert not (c.shape[-1] in parts and c.shape[-2] in parts - {tokens}) or any(
+                side in (24, 16, 8, 12, 6, 4, 3) for side in c.shape
+            ), c
+    gathers = [c for c in collectives if c.kind == "all-gather" and c.dtype == "u8"]
+    assert bool(gathers) == ("fsdp" in sizes)
