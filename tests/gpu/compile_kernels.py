@@ -1,6 +1,7 @@
 """Compiles the kernels for a GPU that need not be there; prints what came out, as JSON.
 
     python tests/gpu/compile_kernels.py sm_90
+    python tests/gpu/compile_kernels.py sm_90 --loop CELL    # prints the machine code of its loop
 
 Needs the extra `aot`, and a process of its own: the flags count only before jax starts.
 """
@@ -113,7 +114,19 @@ def report(gpu: str, cells: list[Cell]) -> dict[str, Any]:
     return results
 
 
+def listing(gpu: str, name: str) -> str:
+    """The longest loop of each kernel of a cell, in SASS."""
+    [cell] = [cell for cell in CELLS if cell.name == name]
+    function, args = program(cell)
+    loops = cubin.loops(compile_for(mesh_of(gpu), function, *args))
+    return "\n".join(f"{kernel}:\n" + "\n".join(lines) for kernel, lines in loops.items() if lines)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error", DeprecationWarning)
-    chosen = [cell for cell in CELLS if len(sys.argv) < 3 or cell.name in sys.argv[2:]]
-    json.dump(report(sys.argv[1], chosen), sys.stdout)
+    gpu, *names = sys.argv[1:]
+    if names[:1] == ["--loop"]:
+        print(listing(gpu, *names[1:]))
+    else:
+        chosen = [cell for cell in CELLS if not names or cell.name in names]
+        json.dump(report(gpu, chosen), sys.stdout)

@@ -116,35 +116,58 @@ def _snappy(data: bytes, i: int) -> bytes | None:
     return bytes(out)
 
 
+def loops(compiled: Any) -> dict[str, list[str]]:
+    """Each kernel's longest loop as the disassembler prints it: address and instruction."""
+    return {
+        part.split(None, 1)[0]: [f"{at:04x}  {text}" for at, _, text in _longest_loop(_lines(part))]
+        for cubin in _cubins(serialize_executable.serialize(compiled)[0], 2)
+        for part in _functions(_read(cubin, "-sass"))
+    }
+
+
 def _disassemble(cubin: bytes) -> dict[str, Kernel]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     resources = {
         m[1]: {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", m[2])}
-        for m in re.finditer(r"Function (\w+):\n\s*(.*)", usage)
+        for m in re.finditer(r"Function (\w+):\n\s*(.*)", _read(cubin, "-res-usage"))
     }
     found = {}
-    for part in re.split(r"\n\s*Function : ", code)[1:]:
+    for part in _functions(_read(cubin, "-sass")):
         name = part.split(None, 1)[0]
-        used = resources[name]
-        everything, loop = _instructions(part)
+        used, lines = resources[name], _lines(part)
+        everything, loop = (
+            dict(collections.Counter(opcode for _, opcode, _ in chosen))
+            for chosen in (lines, _longest_loop(lines))
+        )
         found[name] = Kernel(used["REG"], used["STACK"], used["LOCAL"], everything, loop)
     return found
 
 
-def _instructions(sass: str) -> tuple[dict[str, int], dict[str, int]]:
-    """The opcodes of a function, and of the longest stretch between a branch and its target."""
-    pattern = r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
-    lines = [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, sass)]
+def _functions(sass: str) -> list[str]:
+    return re.split(r"\n\s*Function : ", sass)[1:]
+
+
+def _lines(sass: str) -> list[tuple[int, str, str]]:
+    """The instructions of a function: address, opcode, the whole of it."""
+    pattern = r"/\*([0-9a-f]{4,6})\*/\s+((?:@!?U?P\w+ )?([A-Z][\w.]*)[^;]*);"
+    return [(int(at, 16), name, text.strip()) for at, text, name in re.findall(pattern, sass)]
+
+
+def _longest_loop(lines: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """The longest stretch between a branch and its target."""
     first, last = 0, -1
-    for at, name, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+    for at, name, text in lines:
+        target = re.search(r"0x([0-9a-f]+)", text) if name.startswith("BRA") else None
         if target and at - int(target[1], 16) > last - first and int(target[1], 16) < at:
             first, last = int(target[1], 16), at
-    inside = (name for at, name, _ in lines if first <= at <= last)
-    return dict(collections.Counter(n for _, n, _ in lines)), dict(collections.Counter(inside))
+    return [line for line in lines if first <= line[0] <= last]
+
+
+def _read(cubin: bytes, option: str) -> str:
+    """What `cuobjdump` says of it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _cuobjdump(option, file.name)
 
 
 def _cuobjdump(option: str, path: str) -> str:
