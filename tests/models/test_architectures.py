@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_weights import CASES, write_directory
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from vectors import GOLDEN
 
 import q4jax
@@ -147,6 +147,24 @@ def test_experts_are_quantized_and_routers_are_not(case, loaded, forward, relati
 
     save_pretrained(small, tmp_path)
     assert q4jax.fingerprint(from_pretrained(tmp_path)) == q4jax.fingerprint(small)
+
+
+def test_a_router_that_is_quantized_is_decoded(loaded, forward, relative, tmp_path):
+    """As bitsandbytes does to each linear layer of torch, Qwen2-MoE's shared gate among them."""
+    folder, model, vectors = loaded("qwen2_moe")
+    settings = {"quant_type": "nf4", "blocksize": 32, "compress_statistics": False}
+    save_pretrained(from_pretrained(folder, q4jax.QuantConfig(**settings)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("shared_expert_gate.weight")]:
+        weight = q4jax.Params4bit.quantize(jnp.asarray(tensors.pop(name)), **settings)
+        tensors |= weight.state_dict(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = from_pretrained(tmp_path)
+    gate = read.layers.mlp.shared_expert_gate.kernel[...]
+    assert gate.shape == (4, 32, 1)
+    dense = model.layers.mlp.shared_expert_gate.kernel[...]
+    assert 0.01 < relative(gate, dense) < 0.2
+    assert np.isfinite(logits_of(read, vectors, forward)).all()
 
 
 @pytest.mark.parametrize("case", EXPERTS)
