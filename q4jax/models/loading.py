@@ -13,7 +13,7 @@ from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.huggingface import quantize_tensor
 from q4jax.interop.placement import Placement, place
 from q4jax.interop.progress import Progress
-from q4jax.interop.tensor_file import aligned_empty
+from q4jax.interop.tensor_file import Entry, aligned_empty
 from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
 from q4jax.models.names import LEAVES, VariablePath, is_transposed, lead_shape, tensor_names
@@ -108,9 +108,7 @@ class Loader:
         value, stored = np.empty(0), None
         wanted = shape[len(lead) :]
         for index, name in enumerate(names):
-            if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
-                raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
-            tensor = self._layout(name)
+            tensor = self._layout(path, name)
             if tensor.dtype not in FLOAT_DTYPES:
                 allowed = ", ".join(dtype.name for dtype in FLOAT_DTYPES)
                 raise ValueError(f"{name} is {tensor.dtype}; allowed are {allowed}")
@@ -133,16 +131,23 @@ class Loader:
             self._count(name)
         return value
 
-    def _layout(self, name: str) -> Any:
-        """What has the dtype and the shape of a tensor: of a `Checkpoint`, without reading it."""
-        if isinstance(self.tensors, Checkpoint):
+    def _layout(self, path: VariablePath, name: str) -> Any:
+        """What has the dtype and the shape of a tensor: of a `Checkpoint`, without reading it.
+
+        Routers stay dense: where bitsandbytes has quantized one, it is decoded here.
+        """
+        if not isinstance(self.tensors, Checkpoint):
+            return self.tensors[name]
+        if name not in self.tensors.specs:
             return self.tensors.tensors.layouts[name]
-        return self.tensors[name]
+        if path[-1] != "kernel":
+            raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
+        weight: Any = self.tensors[name]
+        return np.asarray(weight.dequantize())
 
     def _array(self, name: str, layout: Any) -> np.ndarray:
-        """The tensor itself, which a mapping that is no `Checkpoint` was asked for already."""
-        found: Any = self.tensors[name] if isinstance(self.tensors, Checkpoint) else layout
-        return np.asarray(found)
+        """The tensor itself, which `_layout` returned already if it had to read it."""
+        return np.asarray(self.tensors[name] if isinstance(layout, Entry) else layout)
 
     def _count(self, name: str) -> None:
         if isinstance(self.tensors, Checkpoint):

@@ -3,35 +3,20 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_weights import random_weights
-from safetensors import safe_open
+from random_weights import CASES, write_directory
 from safetensors.numpy import load_file, save_file
+from vectors import GOLDEN
 
 import q4jax
 from q4jax.models import LlamaConfig, from_pretrained, generate, save_pretrained
 
-VECTORS = Path(__file__).parent / "vectors"
-CASES = sorted(file.stem for file in VECTORS.glob("*.safetensors"))
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe"]
-
-
-def directory(case, folder):
-    """The directory that transformers wrote, with its weights; and what it computes with them."""
-    file = VECTORS / f"{case}.safetensors"
-    with safe_open(file, "np") as opened:
-        metadata = opened.metadata()
-    weights = random_weights(json.loads(metadata["shapes"]), int(metadata["seed"]))
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(metadata["config"])
-    return load_file(file)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +27,7 @@ def loaded(tmp_path_factory):
     def load(case):
         if case not in found:
             folder = tmp_path_factory.mktemp(case)
-            vectors = directory(case, folder)
+            vectors = write_directory(case, folder)
             found[case] = folder, from_pretrained(folder), vectors
         return found[case]
 
@@ -164,6 +149,24 @@ def test_experts_are_quantized_and_routers_are_not(case, loaded, forward, relati
     assert q4jax.fingerprint(from_pretrained(tmp_path)) == q4jax.fingerprint(small)
 
 
+def test_a_router_that_is_quantized_is_decoded(loaded, forward, relative, tmp_path):
+    """As bitsandbytes does to each linear layer of torch, Qwen2-MoE's shared gate among them."""
+    folder, model, vectors = loaded("qwen2_moe")
+    settings = {"quant_type": "nf4", "blocksize": 32, "compress_statistics": False}
+    save_pretrained(from_pretrained(folder, q4jax.QuantConfig(**settings)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("shared_expert_gate.weight")]:
+        weight = q4jax.Params4bit.quantize(jnp.asarray(tensors.pop(name)), **settings)
+        tensors |= weight.state_dict(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = from_pretrained(tmp_path)
+    gate = read.layers.mlp.shared_expert_gate.kernel[...]
+    assert gate.shape == (4, 32, 1)
+    dense = model.layers.mlp.shared_expert_gate.kernel[...]
+    assert 0.01 < relative(gate, dense) < 0.2
+    assert np.isfinite(logits_of(read, vectors, forward)).all()
+
+
 @pytest.mark.parametrize("case", EXPERTS)
 def test_experts_compute_what_each_alone_would(case, loaded, relative):
     """Token by token and expert by expert, for loads from even to all on one expert."""
@@ -208,7 +211,7 @@ def test_gradients_reach_experts_and_routers(loaded):
     assert (np.abs(found["experts"]["up_proj"]["lora_b"]) > 0).any(axis=(1, 2, 3)).all()
 
 
-BASE = json.loads((VECTORS.parents[1] / "golden/llama_tiny_bnb4/config.json").read_text())
+BASE = json.loads((GOLDEN / "llama_tiny_bnb4" / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_configs_that_cannot_be_served_are_named(change, error, message):
     ],
 )
 def test_configs_that_contradict_the_weights_are_named(case, change, message, tmp_path):
-    directory(case, tmp_path)
+    write_directory(case, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.compile(message)):

@@ -1,0 +1,65 @@
+"""Directories of every architecture that q4jax writes, read by transformers."""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from q4jax.models import from_pretrained, save_pretrained
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "vectors"))
+
+from random_weights import CASES, write_directory
+
+
+def load(folder, **settings):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", device_map="cpu", **settings
+    )
+    return model.train()  # in eval mode, bitsandbytes' CPU code computes in bfloat16
+
+
+def their_logits(model, vectors):
+    """Of the real tokens, `[N, vocab_size]`."""
+    import torch
+
+    mask = torch.tensor(vectors["attention_mask"], dtype=torch.long)
+    ids = torch.tensor(vectors["input_ids"], dtype=torch.long)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits.numpy()
+    return logits[vectors["attention_mask"] == 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_directory_there(case, tmp_path):
+    vectors = write_directory(case, tmp_path / "theirs")
+    save_pretrained(from_pretrained(tmp_path / "theirs"), tmp_path / "ours")
+    expected = vectors["logits"][vectors["attention_mask"] == 1]
+    found = their_logits(load(tmp_path / "ours"), vectors)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_their_quantized_directory_here(case, tmp_path):
+    """transformers leaves experts dense and quantizes all that is a linear layer of torch."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    vectors = write_directory(case, tmp_path / "full")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = load(tmp_path / "full", quantization_config=settings)
+    model.save_pretrained(tmp_path / "quantized")
+    ours = from_pretrained(tmp_path / "quantized")
+    ids, mask = (jnp.asarray(vectors[name]) for name in ("input_ids", "attention_mask"))
+    found = nnx.jit(lambda m, ids, mask: m(ids, attention_mask=mask))(ours, ids, mask)
+    expected = their_logits(model, vectors)
+    found = np.asarray(found)[vectors["attention_mask"] == 1]
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
