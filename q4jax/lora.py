@@ -9,8 +9,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from q4jax.convert import dense_linear, dequantize_stacked, replace_modules
+from q4jax.kinds import dense_linear, dequantize_stacked
 from q4jax.layers import Linear4bit
+from q4jax.walk import replace_modules
 
 M = TypeVar("M")
 

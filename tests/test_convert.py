@@ -60,7 +60,7 @@ def test_every_place_is_reached(quantized):
     plan = {d.path: d for d in q4jax.plan_quantization(Mixed(nnx.Rngs(0)))}
     assert sorted(path for path, d in plan.items() if d.quantize) == PLACES
     assert plan["lm_head"].reason == "skip has 'lm_head'"
-    assert plan["embed"].reason == "an embedding; use Embedding4bit"
+    assert plan["embed"].reason == "an embedding; QuantRule(embeddings=True) takes it"
     layers = [quantized.dict["a"], quantized.list[0], quantized.stack, *quantized.tree[:1]]
     assert {type(layer) for layer in layers} == {q4jax.Linear4bit}
     assert type(quantized.tree[1]["z"][0]) is q4jax.Linear4bit
@@ -137,10 +137,9 @@ def test_a_tensor_that_is_not_finite_is_named(value):
 
 
 def test_a_linear_layer_that_is_not_served_is_a_warning():
-    model = nnx.Sequential(
-        nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.LinearGeneral(64, (2, 2), rngs=nnx.Rngs(0))
-    )
-    with pytest.warns(UserWarning, match=r"layers\.1 \(LinearGeneral\): kept: .*not supported"):
+    odd = nnx.LinearGeneral(64, (2, 2), dot_general=lambda *a, **k: None, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), odd)
+    with pytest.warns(UserWarning, match=r"layers\.1 \(LinearGeneral\): kept: its dot_general was"):
         q4jax.quantize_model(model)
 
 
