@@ -1,16 +1,12 @@
 """`quantize_model` and `dequantize_model`: a model with its layers exchanged."""
 
-import dataclasses
-import logging
-import warnings
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from flax import nnx
 
-from q4jax.config import QuantConfig
 from q4jax.kinds import dequantized, is_quantized, kind_of
-from q4jax.rules import EVERY, QuantRule, Rules
+from q4jax.plan import Decision, Plan, decide, report
+from q4jax.rules import Config, Rules
 from q4jax.walk import replace_modules, walk_modules
 
 __all__ = [
@@ -24,45 +20,7 @@ __all__ = [
     "walk_modules",
 ]
 
-_logger = logging.getLogger("q4jax")
 M = TypeVar("M")
-Config = QuantConfig | Sequence[QuantRule] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """What `quantize_model` does with one layer, and why where it leaves it alone.
-
-    `unserved`: it is a layer that multiplies, nothing asked to keep it, and yet it is kept.
-    """
-
-    path: str
-    layer: str
-    quantize: bool
-    reason: str = ""
-    unserved: bool = False
-    rule: QuantRule | None = None
-
-    def __str__(self) -> str:
-        verdict = "quantized" if self.quantize else f"kept: {self.reason}"
-        return f"{self.path or '(root)'} ({self.layer}): {verdict}"
-
-
-class Plan(list[Decision]):
-    """The decisions for all layers of a model, in its order; prints one a line."""
-
-    @property
-    def quantized(self) -> list[Decision]:
-        """Those that become 4-bit."""
-        return [decision for decision in self if decision.quantize]
-
-    @property
-    def kept(self) -> list[Decision]:
-        """Those that are left alone, each with its reason."""
-        return [decision for decision in self if not decision.quantize]
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self))
 
 
 def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Plan:
@@ -99,22 +57,7 @@ def _decide(path: str, module: nnx.Module, rules: Rules) -> Decision | None:
     if is_quantized(module):
         return Decision(path, layer, False, "quantized already")
     kind = kind_of(module)
-    if kind is None:
-        return None
-    rule, reason = rules.choose(path)
-    if rule is None:
-        return Decision(path, layer, False, reason)
-    if kind.embedding and not rule.embeddings:
-        reason = "an embedding; QuantRule(embeddings=True) takes it"
-        return Decision(path, layer, False, reason)
-    if kind.why_not is not None:
-        if rule.pattern != EVERY:
-            raise ValueError(
-                f"rule {rule.pattern!r} matches {path} ({layer}), which cannot be quantized: "
-                f"{kind.why_not}"
-            )
-        return Decision(path, layer, False, kind.why_not, unserved=kind.quantize is not None)
-    return Decision(path, layer, True, rule=rule)
+    return None if kind is None else decide(path, layer, kind, rules)
 
 
 def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
@@ -165,18 +108,6 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
 
     report(plan)
     return replace_modules(model, replace)
-
-
-def report(decisions: Sequence[Decision]) -> None:
-    """Logs what happens to each layer and why; ValueError where none is quantized."""
-    if not any(decision.quantize for decision in decisions):
-        found = "; ".join(map(str, decisions)) or "it has no layer with a weight"
-        raise ValueError(f"quantize_model matched no layer of the model: {found}")
-    for decision in decisions:
-        _logger.info("%s", decision)
-    unserved = [decision for decision in decisions if decision.unserved]
-    if unserved:
-        warnings.warn("not quantized: " + "; ".join(map(str, unserved)), stacklevel=3)
 
 
 def dequantize_model(model: M) -> M:

@@ -1,6 +1,5 @@
 """The classes of layers that `quantize_model` knows: how each becomes 4-bit, and back."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,25 +14,11 @@ from q4jax.frozen import thaw
 from q4jax.hosted import describe_layer
 from q4jax.layers import Embedding4bit, Linear4bit, why_not
 from q4jax.params import Params4bit
+from q4jax.plan import Kind
 
 QUANTIZED = (Linear4bit, LinearGeneral4bit, Einsum4bit, Embedding4bit)
 # Vectors beside the weights, which have two axes where layers are stacked.
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How a layer becomes 4-bit.
-
-    Attributes:
-      why_not: why this one cannot, or None.
-      quantize: (module, path, settings) to the new module; None where why_not says so always.
-      embedding: it is one, so that a rule must ask for it.
-    """
-
-    why_not: str | None
-    quantize: Callable[[Any, str, dict[str, Any]], nnx.Module] | None = None
-    embedding: bool = False
 
 
 def kind_of(module: Any) -> Kind | None:

@@ -78,6 +78,9 @@ class QuantRule:
         }
 
 
+Config = QuantConfig | Sequence[QuantRule] | None
+
+
 def compiled(pattern: Any) -> "re.Pattern[str]":
     """A regular expression; ValueError, with what is wrong, for anything else."""
     if not isinstance(pattern, str):
@@ -91,7 +94,7 @@ def compiled(pattern: Any) -> "re.Pattern[str]":
 class Rules:
     """A `QuantConfig` or a list of `QuantRule`s, asked path by path."""
 
-    def __init__(self, config: QuantConfig | Sequence[QuantRule] | None, overrides: dict[str, Any]):
+    def __init__(self, config: Config, overrides: dict[str, Any]):
         self._config: QuantConfig | None = None
         if config is None or isinstance(config, QuantConfig):
             self._config = dataclasses.replace(config or QuantConfig(), **overrides)
@@ -108,7 +111,7 @@ class Rules:
 
     def choose(self, path: str) -> tuple[QuantRule | None, str]:
         """The rule for the layer at a path; or None, and why it is left alone."""
-        entry = None if self._config is None else self._config.skips(path)
+        entry = None if self._config is None else self._config.skips(path.replace("/", "."))
         if entry is not None:
             return None, f"skip has {entry!r}"
         rule = next((rule for rule in self.rules if rule.matches(path)), None)

@@ -52,9 +52,7 @@ def test_the_first_rule_that_matches_decides():
 
 def test_rules_that_match_nothing_are_named_with_what_there_is():
     for rules in ([QuantRule(r"layers\.5\..*"), QuantRule()], [QuantRule(r"layers\.5\..*")]):
-        with pytest.raises(
-            ValueError, match=r"no layer matches 'layers.*the layers are: conv"
-        ):
+        with pytest.raises(ValueError, match=r"no layer matches 'layers.*the layers are: conv"):
             q4jax.quantize_model(model(), rules)
     with pytest.raises(ValueError, match=r"no layer matches 'heads'.*layers\.1\.up"):
         q4jax.quantize_model(model(), [QuantRule("heads", skip=True), QuantRule()])
