@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         LinearNF4,
     )
     from q4jax.lora import add_lora, merge_lora
-    from q4jax.memory import memory_report
+    from q4jax.memory import memory_report, trainable_parameters
+    from q4jax.named_adapters import AdapterBank
 
 if "flax.nnx" in sys.modules:
     # So that a module may hold a Params4bit as an attribute before any layer here is used.
@@ -63,8 +64,10 @@ __all__ = [  # noqa: RUF022
     "quantize_model",
     "dequantize_model",
     "memory_report",
+    "trainable_parameters",
     "add_lora",
     "merge_lora",
+    "AdapterBank",
     "fingerprint",
     "checkpoint",
     "interop",
@@ -86,6 +89,8 @@ _LAZY = {
     "quantize_model": "q4jax.convert",
     "dequantize_model": "q4jax.convert",
     "memory_report": "q4jax.memory",
+    "trainable_parameters": "q4jax.memory",
+    "AdapterBank": "q4jax.named_adapters",
     "add_lora": "q4jax.lora",
     "merge_lora": "q4jax.lora",
     "fingerprint": "q4jax.digests",

@@ -9,17 +9,6 @@ from q4jax.plan import Decision, Plan, decide, report
 from q4jax.rules import Config, Rules
 from q4jax.walk import replace_modules, walk_modules
 
-__all__ = [
-    "Decision",
-    "Plan",
-    "dequantize_model",
-    "plan_quantization",
-    "quantize_model",
-    "replace_modules",
-    "report",
-    "walk_modules",
-]
-
 M = TypeVar("M")
 
 

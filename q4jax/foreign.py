@@ -9,16 +9,13 @@ from jax import Array
 from q4jax.folds import Fold
 from q4jax.frozen import freeze, thaw
 from q4jax.hosted import Hosted4bit
+from q4jax.reads import Read
 
 
 @nnx.register_data_type
 @jax.tree_util.register_pytree_with_keys_class
-class ForeignWeight(Hosted4bit):
-    """A 4-bit weight that reads like the `nnx.Variable` in whose place it is.
-
-    `w[...]`, `w.value`, `w.get_value()`, `jnp.einsum(..., w)` and `x @ w` give the decoded array;
-    what an array has (`w.T`, `w.shape`), it has.
-    """
+class ForeignWeight(Hosted4bit, Read):
+    """A 4-bit weight in the place of an `nnx.Variable`: reading it decodes it."""
 
     def decode(self) -> Array:
         """The owner's array."""
@@ -30,35 +27,19 @@ class ForeignWeight(Hosted4bit):
         lead = thaw(self.weight).quant_state.lead
         return (*lead[: len(lead) - len(self.fold.lead)], *self.fold.shape)
 
-    @property
-    def value(self) -> Array:
-        """The owner's array."""
-        return self.decode()
-
-    def get_value(self) -> Array:
-        """The owner's array."""
-        return self.decode()
-
-    def __getitem__(self, index: Any) -> Array:
-        array = self.decode()
-        return array if index is ... else array[index]
-
-    def __jax_array__(self) -> Array:
-        return self.decode()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.decode(), name)
-
 
 def host(module: Any, name: str, where: str, fold: Fold, **settings: Any) -> None:
     """Puts a 4-bit weight in the place of a Variable of a module."""
-    variable = getattr(module, name)
+    setattr(module, name, foreign_weight(getattr(module, name), where, fold, **settings))
+
+
+def foreign_weight(
+    variable: nnx.Variable[Array], where: str, fold: Fold, **settings: Any
+) -> ForeignWeight:
+    """A 4-bit weight to put in the place of a Variable, by its fold."""
     kind = type(variable), tuple(filter(_hashable, variable.get_metadata().items()))
     hosted = Hosted4bit.quantize(variable[...], fold, where, kind=kind, **settings)
-    weight = ForeignWeight(freeze(hosted.weight), fold, hosted.dtype, kind)
-    setattr(module, name, weight)
+    return ForeignWeight(freeze(hosted.weight), fold, hosted.dtype, kind)
 
 
 def _hashable(entry: tuple[str, Any]) -> bool:

@@ -21,6 +21,12 @@ QUANTIZED = (Linear4bit, LinearGeneral4bit, Einsum4bit, Embedding4bit)
 _NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
 
 
+def foreign_folds(module: Any) -> dict[str, Any]:
+    """The dense weights of a module of a registered class, by name; empty for any other."""
+    folds = describe_layer(module, _shapes(module))
+    return {} if folds is None or isinstance(folds, str) else folds
+
+
 def kind_of(module: Any) -> Kind | None:
     """What a module is to `quantize_model`; None where it has no weight."""
     folds = describe_layer(module, _shapes(module))
