@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax import serialization
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -241,3 +242,13 @@ def _flax_folds(
     if weights and not isinstance(module, _NORMS):
         return f"no kind of layer that is known; register_layer for its {weights}"
     return None
+
+
+def _fill(box: BoxedWeight, state: Any) -> BoxedWeight:
+    weight = serialization.from_state_dict(box.weight, state)
+    return BoxedWeight(weight, box.fold, box.dtype, box.kind)
+
+
+serialization.register_serialization_state(
+    BoxedWeight, lambda box: serialization.to_state_dict(box.weight), _fill
+)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import serialization
 from flax.core import meta
 
 import q4jax
@@ -165,6 +166,17 @@ def test_checkpoints(case, tmp_path):
     np.testing.assert_array_equal(
         model.apply(place_weights(found), IDS), model.apply(place_weights(small), IDS)
     )
+
+
+def test_flax_serialization(case):
+    model, variables, small = case
+    other = quantize_params(model, jax.tree.map(lambda w: w + 1, variables), IDS)
+    found = serialization.from_bytes(other, serialization.to_bytes(small))
+    assert q4jax.fingerprint(found) == q4jax.fingerprint(small)
+    assert jax.tree.structure(found) == jax.tree.structure(small)
+    fp4 = quantize_params(model, variables, IDS, config=q4jax.QuantConfig("fp4"))
+    with pytest.raises(ValueError, match="the target is fp4_.* the state dict holds nf4_"):
+        serialization.from_bytes(fp4, serialization.to_bytes(small))
 
 
 def test_rules_and_embeddings():
