@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from q4jax.kinds import dequantized, is_quantized, kind_of
+from q4jax.params import Params4bit
 from q4jax.plan import Decision, Plan, decide, report
 from q4jax.rules import Config, Rules
 from q4jax.walk import replace_modules, walk_modules
@@ -88,12 +89,19 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
         raise ValueError(f"model is quantized already: {', '.join(already) or '(root)'}")
     plan = plan_quantization(model, config, **overrides)
     rules = {decision.path: decision.rule for decision in plan.quantized}
+    made: dict[Any, Any] = {}
 
     def replace(path: str, module: nnx.Module) -> nnx.Module:
         rule, kind = rules.get(path), kind_of(module)
         if rule is None or kind is None or kind.quantize is None:
             return module
-        return kind.quantize(module, path, rule.settings)
+        dense = vars(module).get("kernel", vars(module).get("embedding"))
+        layer: Any = kind.quantize(module, path, rule.settings)
+        if isinstance(getattr(layer, "weight", None), Params4bit):
+            # Modules that share a kernel share what becomes of it.
+            key = id(dense), type(layer), getattr(layer, "fold", None), rule
+            layer.weight = made.setdefault(key, layer.weight)
+        return layer
 
     report(plan)
     return replace_modules(model, replace)

@@ -71,6 +71,21 @@ def test_a_shared_module_stays_shared(quantized):
     assert quantized.shared is quantized.dict["a"]
 
 
+def test_a_kernel_that_two_layers_share_stays_shared():
+    model = nnx.Dict(
+        a=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        b=nnx.Linear(64, 64, rngs=nnx.Rngs(1)),
+        c=nnx.Linear(64, 64, rngs=nnx.Rngs(2)),
+    )
+    model.b.kernel = model.a.kernel
+    small = q4jax.quantize_model(model)
+    assert small.a.weight is small.b.weight and small.c.weight is not small.a.weight
+    assert q4jax.memory_report(small).quantized_weights == 2 * 64 * 64
+    assert small.a.bias is not small.b.bias
+    merged = nnx.merge(*nnx.split(small))
+    np.testing.assert_array_equal(merged.b(X) - merged.b.bias, small.a(X) - small.a.bias)
+
+
 def test_the_model_given_is_left_as_it_was(model, quantized):
     assert type(model.list[0]) is nnx.Linear
     assert quantized.lm_head.kernel[...] is model.lm_head.kernel[...]
