@@ -22,7 +22,7 @@ _DESCRIPTIONS: dict[type, Describe] = {}
 
 
 class Hosted4bit:
-    """A 4-bit weight, decoded whenever its owner reads it; an immutable pytree.
+    """A 4-bit weight, decoded whenever its owner reads it; a pytree.
 
     Args:
       weight: `[*stack, *batch, out, in]`.

@@ -61,8 +61,9 @@ def add_lora(
       The new model. Its outputs are those of `model` until the adapters are trained.
 
     Raises:
-      ValueError: rank is no positive integer, dropout is not in [0, 1), no layer matched, a target
-        matched none (the layers there are are named), or there are adapters already.
+      ValueError: rank is no positive integer, dropout is not in [0, 1), a target matches no layer
+        (those that there are are named), targets is no regular expression, or there are adapters
+        already.
       NotImplementedError: dropout for a weight that a class told to `register_layer` holds: only
         the weight is adapted there.
 
@@ -105,14 +106,15 @@ def _choose(places: dict[str, Any], targets: Targets) -> set[str]:
     if isinstance(targets, str):
         require_matches([targets], places)
         return {path for path in places if compiled(targets).fullmatch(path)}
+    idle: list[str] = []
     if targets is None:
         chosen = {p for p, place in places.items() if place.four_bit and not place.embedding}
     else:
         under = {t: {p for p in places if f".{t}." in f".{p}."} for t in targets}
         chosen = set().union(*under.values())
         idle = [target for target, paths in under.items() if not paths]
-    if not chosen or (targets is not None and idle):
-        missed = "" if targets is None or not chosen else f"; no layer is {idle}"
+    if idle or not chosen:
+        missed = f"; no layer is {idle}" if idle else ""
         raise ValueError(
             f"add_lora matched no layer: targets={targets!r}{missed}; layers that can have an "
             f"adapter: {list(places)}"

@@ -333,3 +333,43 @@ def test_inputs_that_do_not_fit():
         q4jax.Fold((2, 3), (2,))
     with pytest.raises(ValueError, match="has no outputs"):
         q4jax.Fold((2, 3), (0, 1))
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.einsum = nnx.Einsum("BD,DE->BE", (512, 512), rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.einsum(x))
+
+
+class Foreign(nnx.Module):
+    def __init__(self, rngs):
+        self.einsum = Einsum("BD,DE->BE", (512, 512), rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.einsum(x))
+
+
+@pytest.mark.parametrize(("kind", "remat"), [(Layer, False), (Layer, True), (Foreign, True)])
+def test_training_keeps_codes_and_no_decoded_weights(kind, remat):
+    """Of 12 stacked layers, what a gradient needs beside its arguments, by the compiled program."""
+
+    @nnx.split_rngs(splits=12)
+    @nnx.vmap
+    def stack(rngs):
+        return kind(rngs)
+
+    graph, state = nnx.split(q4jax.quantize_model(stack(nnx.Rngs(0))))
+
+    def body(x, state):
+        return nnx.merge(graph, state)(x), None
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+
+    def gradient(x, state):
+        return jax.grad(lambda x: jax.lax.scan(body, x, state)[0].sum())(x)
+
+    compiled = jax.jit(gradient).lower(jnp.ones((8, 512)), state).compile()
+    dense = 12 * 512 * 512 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.13 * dense
