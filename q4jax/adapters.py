@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from q4jax.convert import walk_modules
 from q4jax.digests import fingerprint
-from q4jax.lora import LoRALinear4bit
+from q4jax.lora_layers import Adapter
+from q4jax.walk import walk_modules
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -44,7 +44,7 @@ def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, An
     settings = {
         path: [module.rank, module.alpha, module.rslora]
         for path, module in walk_modules(model)
-        if isinstance(module, LoRALinear4bit)
+        if isinstance(module, Adapter)
     }
     if not settings:
         raise ValueError("the model has no adapter; add_lora makes them")

@@ -18,12 +18,26 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from q4jax.codebooks import QuantType
+from q4jax.linen_models import COLLECTION, place_weights, plan_params, quantize_params
 from q4jax.lookup import take_rows
 from q4jax.matmul import matmul_4bit
 from q4jax.params import Params4bit, quantize_stacked
 from q4jax.spec import QuantSpec, float_dtype
 
-COLLECTION = "quant"
+__all__ = [
+    "COLLECTION",
+    "Embedding4bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Linear4bit",
+    "LinearFP4",
+    "LinearNF4",
+    "place_weights",
+    "plan_params",
+    "quantize_params",
+    "quantize_variables",
+]
+
 # The parameter of the dense layer, and the variable that it becomes.
 _NAMES = {"kernel": "weight", "embedding": "embedding"}
 

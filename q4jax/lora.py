@@ -1,89 +1,33 @@
-"""LoRA adapters beside frozen layers, and their merge."""
+"""Adapters beside frozen layers, and their merge."""
 
-import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, overload
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from q4jax.convert import dense_linear, dequantize_stacked, replace_modules
-from q4jax.layers import Linear4bit
+from q4jax.foreign import ForeignWeight, foreign_weight, restore
+from q4jax.kinds import dequantized, kind_of
+from q4jax.lora_layers import Adapter, LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight, fold_of
+from q4jax.lora_places import place_of
+from q4jax.params import Params4bit
+from q4jax.rules import compiled, require_matches
+from q4jax.walk import replace_modules, walk_modules
+
+__all__ = [
+    "Adapter",
+    "LoRAEmbedding4bit",
+    "LoRALinear4bit",
+    "LoRAWeight",
+    "MergeErrors",
+    "add_lora",
+    "merge_lora",
+]
 
 M = TypeVar("M")
-
-
-class LoRALinear4bit(nnx.Module):
-    """A linear layer with a low-rank adapter: `base(x) + dropout(x) @ lora_a @ lora_b * scale`.
-
-    `lora_a` and `lora_b` are `nnx.LoRAParam`s: train them with `nnx.DiffState(0, nnx.LoRAParam)`
-    and `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`.
-
-    Args:
-      base: the frozen layer; where its weight is stacked, so are the adapters.
-      rank: inner width.
-      alpha: numerator of the scale.
-      rslora: the scale is `alpha / sqrt(rank)` and not `alpha / rank`.
-      dropout: share of the adapter's input that is zeroed; not after `model.eval()`.
-      param_dtype: dtype of the adapters. They compute in the dtype of the base's result.
-      rngs: random streams. `lora_a` starts uniform in ±1/sqrt(in_features), `lora_b` at zero.
-    """
-
-    def __init__(
-        self,
-        base: Linear4bit,
-        rank: int,
-        alpha: float,
-        *,
-        rslora: bool = False,
-        dropout: float = 0.0,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        lead = base.weight.quant_state.lead
-        bound = 1.0 / math.sqrt(base.in_features)
-        shape = (*lead, base.in_features, rank)
-        uniform = jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-        self.base = base
-        self.rank = rank
-        self.alpha = alpha
-        self.rslora = rslora
-        self.dropout = nnx.data(_dropout(dropout, lead, rngs) if dropout else None)
-        self.lora_a = nnx.LoRAParam(uniform)
-        self.lora_b = nnx.LoRAParam(jnp.zeros((*lead, rank, base.out_features), param_dtype))
-
-    def __call__(self, x: Array) -> Array:
-        """`[..., in_features]` to `[..., out_features]` in the base's compute dtype."""
-        y = self.base(x)
-        x = x if self.dropout is None else self.dropout(x)
-        low = x.astype(y.dtype) @ self.lora_a[...].astype(y.dtype)
-        delta = low @ self.lora_b[...].astype(y.dtype)
-        return y + delta * jnp.asarray(self.scale, y.dtype)
-
-    @property
-    def scale(self) -> float:
-        """What the adapter's output is multiplied with."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def merged_kernel(self) -> Array:
-        """float32 `[*lead, in, out]`: the decoded weight plus the adapter."""
-        kernel = jnp.swapaxes(dequantize_stacked(self.base.weight), -1, -2).astype(jnp.float32)
-        low, high = (v[...].astype(jnp.float32) for v in (self.lora_a, self.lora_b))
-        delta = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
-        return kernel + delta * self.scale
-
-
-def _dropout(rate: float, lead: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Dropout:
-    """A dropout with a random stream for each layer of a stack."""
-
-    def make(rngs: nnx.Rngs) -> nnx.Dropout:
-        return nnx.Dropout(rate, rngs=rngs)
-
-    for size in reversed(lead):
-        make = nnx.split_rngs(splits=size)(nnx.vmap(make))
-    return make(rngs)
+Targets = str | Sequence[str] | None
 
 
 def add_lora(
@@ -91,23 +35,25 @@ def add_lora(
     rank: int,
     alpha: float,
     *,
-    targets: tuple[str, ...] | None = None,
+    targets: Targets = None,
     rslora: bool = False,
     dropout: float = 0.0,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs | None = None,
 ) -> M:
-    """A model with an adapter beside each of its 4-bit linear layers; all arrays are shared.
+    r"""A model with an adapter beside each of its 4-bit weights; all arrays are shared.
 
     Args:
-      model: an nnx module with `Linear4bit` layers; it is left as it was.
+      model: an nnx module; it is left as it was.
       rank: inner width of the adapters, at least 1.
       alpha: the adapters' output is scaled by `alpha / rank`.
-      targets: names or dotted paths of the layers to adapt, such as ("q_proj", "v_proj"); None:
-        every one.
+      targets: names or dotted paths of the layers to adapt, such as ("q_proj", "v_proj"); or one
+        string, a regular expression for the whole path, such as r"layers\..*_proj". Those named
+        may also be dense (`nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`) or embeddings (4-bit or
+        not). None: every layer with a 4-bit weight that is no embedding.
       rslora: scale by `alpha / sqrt(rank)`, so that ranks compare (arXiv:2312.03732).
       dropout: share of an adapter's input that is zeroed while it is trained: until
-        `model.eval()`, and again after `model.train()`.
+        `model.eval()`, and again after `model.train()`. Embeddings have none.
       param_dtype: dtype of the adapters.
       rngs: random streams; None: `nnx.Rngs(0)`.
 
@@ -115,8 +61,11 @@ def add_lora(
       The new model. Its outputs are those of `model` until the adapters are trained.
 
     Raises:
-      ValueError: rank is no positive integer, dropout is not in [0, 1), no layer matched, or there
-        are adapters already.
+      ValueError: rank is no positive integer, dropout is not in [0, 1), a target matches no layer
+        (those that there are are named), targets is no regular expression, or there are adapters
+        already.
+      NotImplementedError: dropout for a weight that a class told to `register_layer` holds: only
+        the weight is adapted there.
 
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
 
@@ -134,46 +83,69 @@ def add_lora(
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
-    settings: dict[str, Any] = {"rslora": rslora, "dropout": dropout, "param_dtype": param_dtype}
-    streams = nnx.Rngs(0) if rngs is None else rngs
-    matched: list[str] = []
-    seen: list[str] = []
+    settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "rslora": rslora, "dropout": dropout}
+    settings |= {"param_dtype": param_dtype, "rngs": nnx.Rngs(0) if rngs is None else rngs}
+    _require_none(model)
+    places = {path: place for path, module in walk_modules(model) if (place := place_of(module))}
+    chosen = _choose(places, targets)
 
     def replace(path: str, module: nnx.Module) -> nnx.Module:
-        if isinstance(module, LoRALinear4bit):
-            raise ValueError(f"model has an adapter already at {path or '(root)'}")
-        if not isinstance(module, Linear4bit):
-            return module
-        seen.append(path)
-        if targets is not None and not any(f".{t}." in f".{path}." for t in targets):
-            return module
-        matched.append(path)
-        return LoRALinear4bit(module, rank, alpha, rngs=streams, **settings)
+        return places[path].adapt(module, path, settings) if path in chosen else module
 
-    adapted = replace_modules(model, replace)
-    if not matched:
+    return replace_modules(model, replace)
+
+
+def _require_none(model: Any) -> None:
+    for path, module in walk_modules(model):
+        if isinstance(module, Adapter):
+            raise ValueError(f"model has an adapter already at {path or '(root)'}")
+
+
+def _choose(places: dict[str, Any], targets: Targets) -> set[str]:
+    """The paths to adapt; ValueError where a target, or none at all, matches."""
+    if isinstance(targets, str):
+        require_matches([targets], places)
+        return {path for path in places if compiled(targets).fullmatch(path)}
+    idle: list[str] = []
+    if targets is None:
+        chosen = {p for p, place in places.items() if place.four_bit and not place.embedding}
+    else:
+        under = {t: {p for p in places if f".{t}." in f".{p}."} for t in targets}
+        chosen = set().union(*under.values())
+        idle = [target for target, paths in under.items() if not paths]
+    if idle or not chosen:
+        missed = f"; no layer is {idle}" if idle else ""
         raise ValueError(
-            f"add_lora matched no layer: targets={targets!r}, 4-bit linear layers: {seen}"
+            f"add_lora matched no layer: targets={targets!r}{missed}; layers that can have an "
+            f"adapter: {list(places)}"
         )
-    return adapted
+    return chosen
+
+
+class MergeErrors(dict[str, float]):
+    """The error of each layer by dotted path; prints one a line, the largest first."""
+
+    def __str__(self) -> str:
+        ranked = sorted(self.items(), key=lambda item: -item[1])
+        return "\n".join(f"{error:.4f}  {path or '(root)'}" for path, error in ranked)
 
 
 @overload
 def merge_lora(model: M, *, requantize: Literal[False] = False) -> M: ...
 @overload
-def merge_lora(model: M, *, requantize: Literal[True]) -> tuple[M, dict[str, float]]: ...
-def merge_lora(model: M, *, requantize: bool = False) -> M | tuple[M, dict[str, float]]:
+def merge_lora(model: M, *, requantize: Literal[True]) -> tuple[M, MergeErrors]: ...
+def merge_lora(model: M, *, requantize: bool = False) -> M | tuple[M, MergeErrors]:
     """A model with its adapters merged into the weights.
 
     Args:
       model: an nnx module with adapters; it is left as it was.
-      requantize: False: each adapted layer becomes an `nnx.Linear` in the dtype its weight was
-        quantized from. True: it becomes a `Linear4bit` again, with the settings it had, which
-        rounds away part of the adapter.
+      requantize: False: each adapted layer becomes a dense one (`nnx.Linear` and so on) in the
+        dtype its weight was quantized from. True: one that was 4-bit becomes so again, with the
+        settings it had, which rounds away part of the adapter.
 
     Returns:
-      The new model; where requantized, also the error of each layer by dotted path:
-      |requantized - merged| / |merged|, Frobenius norms.
+      The new model; where requantized, also the error of each adapted layer by dotted path:
+      |result - merged| / |merged|, Frobenius norms, merged in float32.
 
     Raises:
       ValueError: the model has no adapter.
@@ -189,32 +161,60 @@ def merge_lora(model: M, *, requantize: bool = False) -> M | tuple[M, dict[str, 
       >>> errors[""] < 0.12
       True
     """
-    errors: dict[str, float] = {}
-    count = 0
+    errors = MergeErrors()
 
-    def replace(path: str, module: nnx.Module) -> nnx.Module:
-        nonlocal count
-        if not isinstance(module, LoRALinear4bit):
+    def replace(path: str, module: nnx.Module) -> Any:
+        if not isinstance(module, Adapter):
             return module
-        count += 1
-        base, kernel = module.base, module.merged_kernel()
-        dtype = base.weight.quant_state.dtype
-        linear = dense_linear(base, kernel.astype(dtype))
-        if not requantize:
-            return linear
-        layer = Linear4bit.from_linear(
-            linear,
-            name=f"{path}.kernel",
-            quant_type=base.quant_type,
-            blocksize=base.blocksize,
-            compress_statistics=base.compress_statistics,
-            implementation=base.implementation,
-        )
-        error = jnp.swapaxes(dequantize_stacked(layer.weight), -1, -2).astype(jnp.float32) - kernel
-        errors[path] = float(jnp.linalg.norm(error.ravel()) / jnp.linalg.norm(kernel.ravel()))
-        return layer
+        merge: Any = _merge_weight if isinstance(module, LoRAWeight) else _merge_layer
+        new, found, exact = merge(module, path, requantize)
+        error = found.astype(jnp.float32) - exact
+        errors[path] = float(jnp.linalg.norm(error.ravel()) / jnp.linalg.norm(exact.ravel()))
+        return new
 
     merged = replace_modules(model, replace)
-    if not count:
+    if not errors:
         raise ValueError("merge_lora: the model has no adapter; add_lora makes them")
     return (merged, errors) if requantize else merged
+
+
+def _merge_layer(adapter: Any, path: str, requantize: bool) -> tuple[nnx.Module, Array, Array]:
+    """The new layer, its weight, and what that would be without rounding."""
+    base = adapter.base
+    name, delta = "embedding", adapter.delta()
+    if isinstance(adapter, LoRALinear4bit):
+        name, delta = "kernel", fold_of(base).unfold(jnp.swapaxes(delta, -1, -2))
+    four_bit = dequantized(base)
+    dense: Any = nnx.clone(base) if four_bit is None else four_bit
+    variable = getattr(dense, name)
+    exact = variable[...].astype(jnp.float32) + delta
+    setattr(dense, name, variable.replace(exact.astype(variable.dtype)))
+    kind = kind_of(dense)
+    if not requantize or four_bit is None or kind is None or kind.quantize is None:
+        return dense, getattr(dense, name)[...], exact
+    layer: Any = kind.quantize(dense, path, {**_settings(base.weight), "dtype": base.dtype})
+    layer.implementation = base.implementation
+    return layer, getattr(dequantized(layer), name)[...], exact
+
+
+def _merge_weight(adapter: LoRAWeight, path: str, requantize: bool) -> tuple[Any, Array, Array]:
+    """The new Variable or `ForeignWeight`, its array, and that without rounding."""
+    base = adapter.base
+    hosted = isinstance(base, ForeignWeight)
+    variable = restore(base) if hosted else base
+    exact = variable[...].astype(jnp.float32) + adapter.spread()
+    variable = variable.replace(exact.astype(variable.dtype))
+    if not hosted or not requantize:
+        return variable, variable[...], exact
+    settings = {**_settings(base.weight), "dtype": base.dtype}
+    weight = foreign_weight(variable, path, base.fold, **settings)
+    return weight, restore(weight)[...], exact
+
+
+def _settings(weight: Params4bit) -> dict[str, Any]:
+    spec = weight.quant_state.spec
+    return {
+        "quant_type": spec.quant_type,
+        "blocksize": spec.blocksize,
+        "compress_statistics": spec.nested,
+    }

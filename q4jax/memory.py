@@ -70,6 +70,64 @@ class MemoryReport:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainableReport:
+    """How much of a model is trained; print it for PEFT's line.
+
+    Attributes:
+      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`.
+      total: elements of every weight, 4-bit ones and adapters included.
+      layers: elements of the adapters by dotted path; empty where there is none.
+    """
+
+    trainable: int
+    total: int
+    layers: dict[str, int]
+
+    @property
+    def percent(self) -> float:
+        """The share that is trained."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {self.percent:.4f}"
+        )
+
+
+def trainable_parameters(model: Any) -> TrainableReport:
+    """What of an nnx model is trained, as PEFT's `print_trainable_parameters` counts it.
+
+    Args:
+      model: an nnx module, concrete or abstract.
+
+    Raises:
+      TypeError: not an nnx module.
+      ValueError: it has no weight.
+
+    Example:
+      >>> import q4jax
+      >>> from flax import nnx
+      >>> model = q4jax.quantize_model(nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0)))
+      >>> print(q4jax.trainable_parameters(q4jax.add_lora(model, rank=8, alpha=16)))
+      trainable params: 4,096 || all params: 69,632 || trainable%: 5.8824
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    layers: dict[str, int] = {}
+    for path, variable in params:
+        if isinstance(variable, nnx.LoRAParam):
+            at = ".".join(map(str, path[:-1]))
+            layers[at] = layers.get(at, 0) + int(np.prod(variable.shape))
+    dense = sum(int(np.prod(variable.shape)) for _, variable in params)
+    total = dense + sum(int(np.prod(weight.quant_state.shape)) for weight in _weights(model))
+    if not total:
+        raise ValueError("the model has no weight")
+    return TrainableReport(sum(layers.values()) or dense, total, layers)
+
+
 def memory_report(model: Any) -> MemoryReport:
     """Bytes by part, bits per weight and trainable counts of an nnx model.
 

@@ -27,9 +27,9 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from q4jax import plan
+from q4jax import splitting
 from q4jax.operations import Axes, Dim, Dims, Operation, Split, WholeFeatures
-from q4jax.plan import Placed
+from q4jax.splitting import Placed
 
 _WEIGHT = {"linear": 1, "transposed": 1, "rows": 1, "dequantize": 0}
 """Operation -> the number of the operand that is a weight's arrays."""
@@ -39,7 +39,7 @@ def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ..
     """The operation's results; operands are as `Operation` describes them.
 
     Raises:
-      ValueError: with explicit axes, as `plan.check_weight`. With Auto axes this is found when the
+      ValueError: with explicit axes, as `splitting.check_weight`. With Auto axes this is found when the
         program is compiled, and is a `jax.errors.JaxRuntimeError` with the same text.
       NotImplementedError: a mesh with axes of several types.
     """
@@ -84,15 +84,15 @@ class _Call:
     def decide(
         self, placed: list[Placed], results: list[Placed], sizes: Mapping[str, int]
     ) -> Split:
-        """The plan; raises as `plan.check_weight`."""
+        """The plan; raises as `splitting.check_weight`."""
         number = _WEIGHT.get(self.operation.name)
         numbers = jax.tree.unflatten(self.tree, range(len(placed)))
         mine = [] if number is None else jax.tree.leaves(numbers[number])[:2]
         weight = [placed[i] for i in mine]
         if isinstance(self.operation, Operation):
-            plan.check_weight(self.operation.spec.tag(), weight, sizes)
+            splitting.check_weight(self.operation.spec.tag(), weight, sizes)
         others = [p for i, p in enumerate(placed) if i not in mine]
-        return plan.decide(others, results, weight, self.operation.contraction, sizes)
+        return splitting.decide(others, results, weight, self.operation.contraction, sizes)
 
     def specs(
         self, split: Split, operands: Sequence[Dims], results: Sequence[Dims]
@@ -101,8 +101,8 @@ class _Call:
         moved = split
         if self.operation.gathers:
             moved = {label: axes for label, axes in split.items() if label.startswith("vmap")}
-        into = tuple(plan.partition_spec(dims, moved) for dims in operands)
-        return into, tuple(plan.partition_spec(dims, split) for dims in results)
+        into = tuple(splitting.partition_spec(dims, moved) for dims in operands)
+        return into, tuple(splitting.partition_spec(dims, split) for dims in results)
 
     def on_shard(self, split: Split, sizes: Mapping[str, int]) -> Callable[..., Any]:
         """The function of the operands' shards."""
@@ -206,7 +206,7 @@ def _explicit(
     call: _Call, flat: Sequence[Array], mesh: Any, explicit: tuple[str, ...]
 ) -> tuple[Array, ...]:
     sizes = dict(mesh.shape)
-    axes = [plan.spec_axes(jax.typeof(a).sharding.spec, a.ndim, sizes) for a in flat]
+    axes = [splitting.spec_axes(jax.typeof(a).sharding.spec, a.ndim, sizes) for a in flat]
     placed, results = call.places(flat, axes)
     split = call.decide(placed, [], sizes)
     into, out = call.specs(split, [p.dims for p in placed], results)
@@ -294,7 +294,7 @@ def _rule(
     operands: Sequence[Placed], results: Sequence[Dims], contraction: str | None
 ) -> SdyShardingRule:
     """How shardings propagate: through equal labels, never into a unit or an axis without label."""
-    parts = plan.units(operands)
+    parts = splitting.units(operands)
     sizes: dict[str, int] = {}
     whole: list[str] = []  # factors that are not split, in the order in which they appear
 

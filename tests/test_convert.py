@@ -60,7 +60,7 @@ def test_every_place_is_reached(quantized):
     plan = {d.path: d for d in q4jax.plan_quantization(Mixed(nnx.Rngs(0)))}
     assert sorted(path for path, d in plan.items() if d.quantize) == PLACES
     assert plan["lm_head"].reason == "skip has 'lm_head'"
-    assert plan["embed"].reason == "an embedding; use Embedding4bit"
+    assert plan["embed"].reason == "an embedding; QuantRule(embeddings=True) takes it"
     layers = [quantized.dict["a"], quantized.list[0], quantized.stack, *quantized.tree[:1]]
     assert {type(layer) for layer in layers} == {q4jax.Linear4bit}
     assert type(quantized.tree[1]["z"][0]) is q4jax.Linear4bit
@@ -69,6 +69,21 @@ def test_every_place_is_reached(quantized):
 
 def test_a_shared_module_stays_shared(quantized):
     assert quantized.shared is quantized.dict["a"]
+
+
+def test_a_kernel_that_two_layers_share_stays_shared():
+    model = nnx.Dict(
+        a=nnx.Linear(64, 64, rngs=nnx.Rngs(0)),
+        b=nnx.Linear(64, 64, rngs=nnx.Rngs(1)),
+        c=nnx.Linear(64, 64, rngs=nnx.Rngs(2)),
+    )
+    model.b.kernel = model.a.kernel
+    small = q4jax.quantize_model(model)
+    assert small.a.weight is small.b.weight and small.c.weight is not small.a.weight
+    assert q4jax.memory_report(small).quantized_weights == 2 * 64 * 64
+    assert small.a.bias is not small.b.bias
+    merged = nnx.merge(*nnx.split(small))
+    np.testing.assert_array_equal(merged.b(X) - merged.b.bias, small.a(X) - small.a.bias)
 
 
 def test_the_model_given_is_left_as_it_was(model, quantized):
@@ -137,10 +152,9 @@ def test_a_tensor_that_is_not_finite_is_named(value):
 
 
 def test_a_linear_layer_that_is_not_served_is_a_warning():
-    model = nnx.Sequential(
-        nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.LinearGeneral(64, (2, 2), rngs=nnx.Rngs(0))
-    )
-    with pytest.warns(UserWarning, match=r"layers\.1 \(LinearGeneral\): kept: .*not supported"):
+    odd = nnx.LinearGeneral(64, (2, 2), dot_general=lambda *a, **k: None, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), odd)
+    with pytest.warns(UserWarning, match=r"layers\.1 \(LinearGeneral\): kept: its dot_general was"):
         q4jax.quantize_model(model)
 
 

@@ -60,3 +60,15 @@ def test_checkpoints(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", text, re.M)}
     assert codes == {0, 2, cli.DAMAGED, cli.MISSING, cli.UNSUPPORTED}
+
+
+@pytest.mark.slow
+def test_other_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "other-models.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert len(blocks) > 5
+    namespace = {"__name__": "docs"}
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block, f"other-models.md, Python block {number}", "exec"), namespace)
+    assert "head (Linear): kept: rule 'head' skips it" in capsys.readouterr().out

@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from q4jax.convert import replace_modules, walk_modules
 from q4jax.frozen import freeze, thaw
 from q4jax.interop.reading import own_copy, read_tensors, report_extra
 from q4jax.interop.tensor_writer import Layout
 from q4jax.layers import Embedding4bit, Linear4bit
 from q4jax.params import Params4bit, quantize_stacked
+from q4jax.walk import replace_modules, walk_modules
 
 M = TypeVar("M", bound=nnx.Module)
 

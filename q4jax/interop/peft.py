@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from q4jax.convert import replace_modules, walk_modules
 from q4jax.interop.directory import read_json
 from q4jax.interop.peft_config import AdapterConfig
 from q4jax.interop.tensor_file import TensorFile
 from q4jax.interop.tensor_writer import write_file, write_json
 from q4jax.layers import Linear4bit
-from q4jax.lora import LoRALinear4bit
+from q4jax.lora_layers import Adapter, LoRALinear4bit
 from q4jax.spec import FLOAT_DTYPES
+from q4jax.walk import replace_modules, walk_modules
 
 __all__ = ["AdapterConfig", "load_adapters", "read_adapters", "save_adapters"]
 
@@ -136,7 +136,7 @@ def load_adapters(
 def _by_path(model: nnx.Module, pairs: Pairs, prefix: str) -> dict[str, list[str]]:
     """Path of a layer to the names of its adapters, in the order of layers."""
     layers = {p: m for p, m in walk_modules(model) if isinstance(m, Linear4bit)}
-    if any(isinstance(m, LoRALinear4bit) for _, m in walk_modules(model)):
+    if any(isinstance(m, Adapter) for _, m in walk_modules(model)):
         raise ValueError("model has adapters already")
     found: dict[str, dict[int | None, str]] = {}
     for name in pairs:
@@ -200,10 +200,17 @@ def save_adapters(
     Raises:
       FileExistsError: adapters are there already.
       ValueError: the model has no adapter, or adapters that one config cannot describe.
+      NotImplementedError: an adapter that is not beside a `Linear4bit` or an `nnx.Linear`.
     """
-    adapters = {p: m for p, m in walk_modules(model) if isinstance(m, LoRALinear4bit)}
+    adapters = {p: m for p, m in walk_modules(model) if isinstance(m, Adapter)}
     if not adapters:
         raise ValueError("the model has no adapter to save; add_lora makes them")
+    for at, module in adapters.items():
+        if not isinstance(module.base, Linear4bit | nnx.Linear):
+            raise NotImplementedError(
+                f"{at}: an adapter of a {type(module.base).__name__} is not written; PEFT's files "
+                f"get those of linear layers"
+            )
     config = _describe(adapters)
     tensors: dict[str, np.ndarray] = {}
     for at, module in adapters.items():
@@ -221,7 +228,7 @@ def save_adapters(
     write_json(folder / CONFIG, config.to_json(targets, base_model))
 
 
-def _describe(adapters: Mapping[str, LoRALinear4bit]) -> AdapterConfig:
+def _describe(adapters: Mapping[str, Adapter]) -> AdapterConfig:
     """One config for all; ranks and alphas that differ go into patterns by path."""
     rates = {0.0 if m.dropout is None else m.dropout.rate for m in adapters.values()}
     scales = {m.rslora for m in adapters.values()}

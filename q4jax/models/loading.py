@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from q4jax.config import QuantConfig
-from q4jax.convert import replace_modules
 from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.huggingface import quantize_tensor
 from q4jax.interop.placement import Placement, place
@@ -19,6 +18,7 @@ from q4jax.models.llama import Llama
 from q4jax.models.names import LEAVES, VariablePath, is_transposed, lead_shape, tensor_names
 from q4jax.models.stacks import WeightStack
 from q4jax.spec import FLOAT_DTYPES
+from q4jax.walk import replace_modules
 
 _STRIP = 64
 

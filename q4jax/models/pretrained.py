@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.config import QuantConfig
-from q4jax.convert import plan_quantization, report, walk_modules
+from q4jax.convert import plan_quantization
 from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.placement import Placement
 from q4jax.interop.progress import Progress
@@ -21,7 +21,9 @@ from q4jax.models.llama import Llama
 from q4jax.models.loading import Loader
 from q4jax.models.names import tensor_names
 from q4jax.models.sharding import LlamaShardings
+from q4jax.plan import report
 from q4jax.spec import float_dtype
+from q4jax.walk import walk_modules
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from q4jax.convert import walk_modules
 from q4jax.frozen import thaw
 from q4jax.interop.huggingface import save_directory
 from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
 from q4jax.models.names import LEAVES, is_transposed, lead_shape, tensor_names
 from q4jax.params import Params4bit
+from q4jax.walk import walk_modules
 
 
 def save_pretrained(

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from q4jax.convert import walk_modules
+from q4jax.walk import walk_modules
 
 AXES = ("data", "fsdp", "tensor", "expert")
 

@@ -1,27 +1,33 @@
-"""Tests against torch, bitsandbytes, transformers and PEFT; skipped where one does not import."""
+"""Tests against other people's packages; each skipped where what it needs does not import."""
 
+import functools
 import importlib
 import warnings
 
 import pytest
 
+DEFAULT = ("torch", "bitsandbytes", "transformers", "peft")
+NEEDS = {"test_gemma.py": ("gemma",)}
 
-def why_not():
+
+@functools.cache
+def why_not(names):
     """The reason why the libraries cannot be used, or None."""
-    for name in ("torch", "bitsandbytes", "transformers", "peft"):
+    for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
         except Exception as error:
-            return f"the extra `cross` is not installed: {name}: {error}"
+            return f"not installed (extras `cross` and `gemma`): {name}: {error}"
     return None
 
 
 def pytest_collection_modifyitems(items):
-    mine = [item for item in items if "tests/cross" in item.path.as_posix()]
-    reason = why_not() if mine else None
-    for item in mine:
+    for item in items:
+        if "tests/cross" not in item.path.as_posix():
+            continue
+        reason = why_not(NEEDS.get(item.path.name, DEFAULT))
         item.add_marker(pytest.mark.filterwarnings("ignore"))  # theirs
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))

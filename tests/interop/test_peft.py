@@ -197,3 +197,15 @@ def test_other_tensors_are_refused_by_name(base, tmp_path):
         peft.save_adapters(base, tmp_path / "c")
     with pytest.raises(ValueError, match="has adapters already"):
         peft.load_adapters(q4jax.add_lora(base, 4, 8.0), write(tmp_path / "d", pairs()))
+
+
+def test_adapters_that_have_no_name_in_peft_s_files(tmp_path):
+    heads = q4jax.quantize_model(nnx.Dict(q=nnx.LinearGeneral(64, (4, 16), rngs=nnx.Rngs(0))))
+    with pytest.raises(NotImplementedError, match="q: an adapter of a LinearGeneral4bit is not wr"):
+        peft.save_adapters(q4jax.add_lora(heads, 4, 8.0), tmp_path)
+    dense = nnx.Dict(proj=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    model = fill(q4jax.add_lora(dense, 4, 8.0, targets="proj", dropout=0.125, rslora=True))
+    peft.save_adapters(model, tmp_path, prefix="")
+    found = peft.load_adapters(q4jax.quantize_model(dense), tmp_path, prefix="")
+    np.testing.assert_array_equal(found.proj.lora_b[...], model.proj.lora_b[...])
+    assert (found.proj.scale, found.proj.dropout.rate) == (4.0, 0.125)
