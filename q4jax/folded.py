@@ -109,7 +109,7 @@ class _Folded(_Quantized):
             self._spec(self.fold.matrix)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        self._store(self.fold.fold(kernel), name)
+        self._store(self.fold.fold(kernel), name, {})  # names of folded axes fit no more
         self.bias = layer.bias
 
     def equation(self, ndim: int) -> Equation:

@@ -39,8 +39,8 @@ def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ..
     """The operation's results; operands are as `Operation` describes them.
 
     Raises:
-      ValueError: with explicit axes, as `splitting.check_weight`. With Auto axes this is found when the
-        program is compiled, and is a `jax.errors.JaxRuntimeError` with the same text.
+      ValueError: with explicit axes, as `splitting.check_weight`. With Auto axes this is found when
+        the program is compiled, and is a `jax.errors.JaxRuntimeError` with the same text.
       NotImplementedError: a mesh with axes of several types.
     """
     flat, tree = jax.tree.flatten(operands)
