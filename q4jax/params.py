@@ -299,4 +299,11 @@ def _quantize(
 @functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
 def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
     operation = Operation("dequantize", implementation, weight.quant_state.spec, dtype)
-    return partition.run(operation, weight.arrays)[0]
+
+    def dequantize(weight: Params4bit) -> Array:
+        return partition.run(operation, weight.arrays)[0]
+
+    offset = weight.quant_state.offset
+    for _ in range(0 if offset is None else offset.ndim):  # statistics of its own for each matrix
+        dequantize = jax.vmap(dequantize)
+    return dequantize(weight)
