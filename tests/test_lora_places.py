@@ -138,9 +138,9 @@ def test_the_merge_reports_the_error_of_each_layer(small):
 
 def test_only_adapters_are_trained(small):
     model = q4jax.add_lora(small, 4, 8, targets=r".*")
-    digest = q4jax.fingerprint(small)
-    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+    adapters = nnx.LoRAParam
+    before, start = jax.tree.map(jnp.copy, nnx.state(model, nnx.Not(adapters), adapters))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=adapters)
 
     @nnx.jit
     def step(model, optimizer):
@@ -153,12 +153,11 @@ def test_only_adapters_are_trained(small):
 
     losses = [float(step(model, optimizer)) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)
-    after = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    after, end = nnx.state(model, nnx.Not(adapters), adapters)
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    merged = q4jax.quantize_model(Model(nnx.Rngs(0)), RULES)
-    assert q4jax.fingerprint(merged) == digest
-    moved = [np.abs(a.lora_a[...]).max() > 0 for a in adapted(model).values()]
-    assert all(moved)
+    assert q4jax.fingerprint(after) == q4jax.fingerprint(before)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), end, start)
+    assert len(jax.tree.leaves(moved)) == 16 and all(jax.tree.leaves(moved))
 
 
 def test_which_layers_by_default_by_name_and_by_regex(small):
