@@ -247,6 +247,14 @@ BASE = json.loads((GOLDEN / "llama_tiny_bnb4" / "config.json").read_text())
             ValueError,
             "but sliding_window is None",
         ),
+        ({"num_hidden_layers": 2**31 - 1}, ValueError, "at most 10000, got 2147483647"),
+        ({"hidden_size": 2, "head_dim": None}, ValueError, "head_dim=0 must be even"),
+        ({"model_type": "qwen3", "use_sliding_window": 1}, ValueError, "must be true or false"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": "all"},
+            ValueError,
+            "max_window_layers must be an integer, got 'all'",
+        ),
         (
             {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
             NotImplementedError,
