@@ -149,6 +149,15 @@ def test_experts_are_quantized_and_routers_are_not(case, loaded, forward, relati
     assert q4jax.fingerprint(from_pretrained(tmp_path)) == q4jax.fingerprint(small)
 
 
+def test_experts_in_half_precision(loaded, relative):
+    folder, model, vectors = loaded("qwen2_moe")
+    half = from_pretrained(folder, dtype="float16")
+    ids = jnp.asarray(vectors["input_ids"][:1])
+    logits = half(ids)
+    assert logits.dtype == jnp.float16
+    assert relative(logits, model(ids)) < 1e-2
+
+
 def test_a_router_that_is_quantized_is_decoded(loaded, forward, relative, tmp_path):
     """As bitsandbytes does to each linear layer of torch, Qwen2-MoE's shared gate among them."""
     folder, model, vectors = loaded("qwen2_moe")
