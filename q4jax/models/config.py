@@ -9,6 +9,7 @@ from q4jax.models.architectures import ARCHITECTURES, Architecture
 from q4jax.models.rope_scaling import RopeScaling
 
 MODEL_TYPES = tuple(ARCHITECTURES)
+_MAX_LAYERS = 10_000
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What the family would compute differently if these were set: the only values that the model here
@@ -102,7 +103,7 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_dim < 1 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings pair it up")
         kinds = self.layer_types
         if kinds is None:
@@ -234,7 +235,7 @@ def _experts(
     # transformers knows the number by either name.
     names = ("num_local_experts", "num_experts")
     given = {name: config[name] for name in names if config.get(name) is not None}
-    if len(set(given.values())) > 1:
+    if any(value != next(iter(given.values())) for value in given.values()):
         raise ValueError(f"config.json contradicts itself: {given}")
     count = next(iter(given.values()), kind.defaults[kind.experts])
     _require("mlp_only_layers", found.get("mlp_only_layers", []), ([],))
@@ -256,23 +257,28 @@ def _windows(
 ) -> dict[str, Any]:
     """`sliding_window` and `layer_types` of a `LlamaConfig`."""
     layers = values.size("num_hidden_layers", found["num_hidden_layers"])
+    if layers > _MAX_LAYERS:  # before something is made for each
+        raise ValueError(f"num_hidden_layers must be at most {_MAX_LAYERS}, got {layers}")
     window = config.get("sliding_window", kind.defaults.get("sliding_window"))
     if kind.windows == "none":
         _require("sliding_window", window, (None,))
-    elif kind.windows != "all" and not found.get("use_sliding_window", False):
-        window = None
+    elif kind.windows != "all":
+        switched = values.flag("use_sliding_window", found.get("use_sliding_window", False))
+        window = window if switched else None
     if window is not None:
         window = values.size("sliding_window", window)
     kinds = [FULL if window is None else SLIDING] * layers
     if kind.windows in ("upper", "alternate"):
         if window is not None:
             first = found["max_window_layers"]
+            if type(first) is not int:
+                raise ValueError(f"max_window_layers must be an integer, got {first!r}")
             upper = kind.windows == "upper"
             slides = [i >= first if upper else i < first and not i % 2 for i in range(layers)]
             kinds = [SLIDING if slide else FULL for slide in slides]
         kinds = found.get("layer_types", kinds)
-        if not isinstance(kinds, list):
-            raise ValueError(f"layer_types must be a list, got {kinds!r}")
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"layer_types must be a list of texts, got {kinds!r}")
     else:
         _require("layer_types", found.get("layer_types", kinds), (kinds,))
     if all(kind == FULL for kind in kinds):

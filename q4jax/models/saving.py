@@ -25,6 +25,9 @@ def save_pretrained(
 ) -> None:
     """Writes a model as `from_pretrained` and transformers read it, dense or with 4-bit layers.
 
+    4-bit experts are written one by one, under the names that full-precision checkpoints have for
+    them. transformers 5, which keeps experts dense beside 4-bit layers, refuses these.
+
     Args:
       model: without adapters: `interop.peft` writes these, `merge_lora` merges them.
       path: the directory, made if it is not there; a checkpoint that is there is not replaced.

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from vectors import GOLDEN
 
@@ -28,6 +29,7 @@ import mutants
 import reader
 
 REFUSED = (ValueError, NotImplementedError, FileNotFoundError)
+VECTORS = Path(__file__).parents[1] / "models" / "vectors"
 QUICK, FULL = 300, 10_000
 # Of one mutant: processor time, and memory beyond that of its own bytes.
 SECONDS, BYTES = 2.0, 8_000_000
@@ -192,9 +194,13 @@ def copy_regular(source, target):
 
 
 def run_configs(numbers):
-    config = json.loads((LLAMA / "config.json").read_text())
+    configs = [json.loads((LLAMA / "config.json").read_text())]
+    for file in sorted(VECTORS.glob("*.safetensors")):
+        with safe_open(file, "np") as opened:
+            configs.append(json.loads(opened.metadata()["config"]))
     for number in numbers:
         rng = random.Random(number)
+        config = configs[number % len(configs)]
         mutant = json.loads(mutants.json.dumps(mutants.mutate_json(config, rng)))
         if isinstance(mutant, dict):
             found = attempt(number, 2000, lambda mutant=mutant: LlamaConfig.from_hf(mutant))

@@ -149,6 +149,15 @@ def test_experts_are_quantized_and_routers_are_not(case, loaded, forward, relati
     assert q4jax.fingerprint(from_pretrained(tmp_path)) == q4jax.fingerprint(small)
 
 
+def test_experts_in_half_precision(loaded, relative):
+    folder, model, vectors = loaded("qwen2_moe")
+    half = from_pretrained(folder, dtype="float16")
+    ids = jnp.asarray(vectors["input_ids"][:1])
+    logits = half(ids)
+    assert logits.dtype == jnp.float16
+    assert relative(logits, model(ids)) < 1e-2
+
+
 def test_a_router_that_is_quantized_is_decoded(loaded, forward, relative, tmp_path):
     """As bitsandbytes does to each linear layer of torch, Qwen2-MoE's shared gate among them."""
     folder, model, vectors = loaded("qwen2_moe")
@@ -246,6 +255,14 @@ BASE = json.loads((GOLDEN / "llama_tiny_bnb4" / "config.json").read_text())
             {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
             ValueError,
             "but sliding_window is None",
+        ),
+        ({"num_hidden_layers": 2**31 - 1}, ValueError, "at most 10000, got 2147483647"),
+        ({"hidden_size": 2, "head_dim": None}, ValueError, "head_dim=0 must be even"),
+        ({"model_type": "qwen3", "use_sliding_window": 1}, ValueError, "must be true or false"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": "all"},
+            ValueError,
+            "max_window_layers must be an integer, got 'all'",
         ),
         (
             {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},

@@ -14,8 +14,6 @@ import pathlib
 import tempfile
 
 import numpy as np
-import torch
-import transformers
 from random_weights import random_weights
 from safetensors.numpy import load_file, save_file
 
@@ -100,6 +98,9 @@ CASES = {
 
 def make(kind, changes, folder):
     """The arrays and the metadata of a case."""
+    import torch
+    import transformers
+
     config = getattr(transformers, f"{kind}Config")(**BASE | changes)
     cls = getattr(transformers, f"{kind}ForCausalLM")
     cls(config).save_pretrained(folder)
