@@ -10,8 +10,14 @@ import pytest
 FOLDER = Path(__file__).parent / "distributed"
 
 
+FILES = [
+    pytest.param(path.name, marks=() if path.stem == "test_state" else pytest.mark.heavy)
+    for path in sorted(FOLDER.glob("test_*.py"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(p.name for p in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("file", FILES)
 def test_on_eight_devices(file):
     flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", FOLDER / file]
