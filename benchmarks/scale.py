@@ -106,9 +106,13 @@ def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
     gathered = 2 * quantized / tensor if fsdp > 1 else 0.0
     gathered += 2 * dense / tensor if fsdp > 1 else 0.0
     reduced = 4.0 * adapters if fsdp * data > 1 else 0.0
-    # Sums of partial results: of attention and MLP, forward, recomputed, and backward.
-    summed = (2 * LENGTH * h) * layers * 2 * 3 if tensor > 1 else 0.0
-    return {"arguments": stored, "moved": gathered + reduced + summed}
+    # Sums of partial results: of attention and MLP, forward, recomputed, and backward. The compiler
+    # for CPUs moves activations in float32.
+    stream = 4 * LENGTH * h
+    summed = stream * layers * 2 * 3 if tensor > 1 else 0.0
+    # The results of o and down, whose outputs are over "fsdp", there and back.
+    turned = stream * layers * 2 * 2 / tensor if fsdp > 1 else 0.0
+    return {"arguments": stored, "moved": gathered + reduced + summed + turned}
 
 
 def measure(name: str, devices: int) -> dict[str, Any]:
@@ -154,6 +158,25 @@ def show(row: dict[str, Any]) -> None:
         f"moved {gigabytes['moved']:7.2f} GB (formula {expected['moved']:7.2f}), "
         f"compiled in {row['compile_seconds']} s"
     )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, as docs/scaling.md has them."""
+    lines = [
+        "| model, mesh | arguments | by formula | temporary | moved | by formula |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        values = (
+            row["arguments"],
+            row["formula"]["arguments"],
+            row["temporary"],
+            row["moved"],
+            row["formula"]["moved"],
+        )
+        cells = " | ".join(f"{value / 1e9:.2f}" for value in values)
+        lines.append(f"| {row['model'].upper()}, `{row['mesh']}` | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
