@@ -102,17 +102,19 @@ def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
     dense = 2 * 2 * config.vocab_size * h  # the embedding and the head
     adapters = layers * sum(RANK * (n + k) for n, k in matrices)
     stored = (quantized + dense) / (fsdp * tensor) + nested + 12 * adapters
-    # Codes and scales: for the forward pass, and once for both halves of the backward pass.
-    gathered = 2 * quantized / tensor if fsdp > 1 else 0.0
-    gathered += 2 * dense / tensor if fsdp > 1 else 0.0
+    # Codes and scales: for the forward pass, and once for both halves of the backward pass. The
+    # head once; the compiler for CPUs moves it, and activations, in float32.
+    gathered = (2 * quantized + 4 * config.vocab_size * h) / tensor if fsdp > 1 else 0.0
     reduced = 4.0 * adapters if fsdp * data > 1 else 0.0
-    # Sums of partial results: of attention and MLP, forward, recomputed, and backward. The compiler
-    # for CPUs moves activations in float32.
-    stream = 4 * LENGTH * h
-    summed = stream * layers * 2 * 3 if tensor > 1 else 0.0
-    # The results of o and down, whose outputs are over "fsdp", there and back.
-    turned = stream * layers * 2 * 2 / tensor if fsdp > 1 else 0.0
-    return {"arguments": stored, "moved": gathered + reduced + summed + turned}
+    stream = 4 * LENGTH * h  # the residual stream of a device
+    # The results of o and down, whose outputs are over "fsdp", there and back; forward and again.
+    turned = stream * layers * 2 * 2 if fsdp > 1 else 0.0
+    # The rows that each device of "fsdp" finds in its part of the embedding, for all of them.
+    looked_up = stream * fsdp if fsdp > 1 else 0.0
+    # Partial results over "tensor": of o and down; of o again; of the five gradients of q, k, v,
+    # gate and up; of the head's.
+    summed = stream * (layers * 8 + 1) if tensor > 1 else 0.0
+    return {"arguments": stored, "moved": gathered + reduced + turned + looked_up + summed}
 
 
 def measure(name: str, devices: int) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def test_losses_are_those_of_one_device(sizes, alone, moved):
     for variable in jax.tree.leaves(nnx.state(model, q4jax.frozen.Frozen4bit)):
         assert variable.sharding.mesh == mesh, "still where it was"
 
+    if MESHES.index(sizes) >= 5:
+        return  # compiling it once more is most of the time
     collectives = moved(step, model, optimizer, place(TOKENS[0], mesh))
     widths = (CONFIG.hidden_size, CONFIG.intermediate_size, 6 * 32)
     parts = {width // d for width in widths for d in (1, 2, 3, 4, 6, 8)}

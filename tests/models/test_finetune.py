@@ -180,3 +180,35 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not np.array_equal(batch, runs.batch(tokens, 1, 3, size=3, length=8))
     assert not np.array_equal(batch, runs.batch(tokens, 2, 2, size=3, length=8))
     assert runs.batch(tokens[:9], 0, 0, size=4, length=8).max() == 8
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_on_a_mesh_and_on_another(inputs, tmp_path):
+    """Eight simulated devices give the perplexities of one, and the run is restored on others."""
+
+    def run(name, *options):
+        out = tmp_path / name
+        command = [sys.executable, str(ROOT / "examples" / "finetune.py")]
+        settings = [*arguments(inputs, out, 4), "--blocksize", "32", "--batch", "4", *options]
+        subprocess.run([*command, *settings], check=True, capture_output=True, timeout=500)
+        return json.loads((out / "metrics.json").read_text())
+
+    def perplexities(metrics):
+        return [metrics[f"ppl_{which}"] for which in ("dense", "quantized", "finetuned")]
+
+    one = run("one")
+    eight = run("eight", "--mesh", "fsdp=4,tensor=2")
+    assert eight["restored_bit_identical"]
+    assert perplexities(eight) == pytest.approx(perplexities(one), rel=1e-4)
+    other = run("eight", "--resume", "--mesh", "data=2,tensor=4")
+    assert other["restored_bit_identical"]
+    assert perplexities(other) == pytest.approx(perplexities(one), rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=2,fsdp=2", "fsdp=2,", "fsdp=-1"])
+def test_meshes_that_are_none(text):
+    from meshes import sizes
+
+    with pytest.raises(ValueError, match="--mesh"):
+        sizes(text)
