@@ -107,14 +107,13 @@ def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
     gathered = (2 * quantized + 4 * config.vocab_size * h) / tensor if fsdp > 1 else 0.0
     reduced = 4.0 * adapters if fsdp * data > 1 else 0.0
     stream = 4 * LENGTH * h  # the residual stream of a device
-    # The results of o and down, whose outputs are over "fsdp", there and back; forward and again.
-    turned = stream * layers * 2 * 2 if fsdp > 1 else 0.0
-    # The rows that each device of "fsdp" finds in its part of the embedding, for all of them.
-    looked_up = stream * fsdp if fsdp > 1 else 0.0
+    # The embedding's part of a device's group; or the rows that each device finds in its part.
+    looked_up = stream * fsdp if data == 1 else 4 * config.vocab_size * h / tensor
+    looked_up = looked_up if fsdp > 1 else 0.0
     # Partial results over "tensor": of o and down; of o again; of the five gradients of q, k, v,
     # gate and up; of the head's.
     summed = stream * (layers * 8 + 1) if tensor > 1 else 0.0
-    return {"arguments": stored, "moved": gathered + reduced + turned + looked_up + summed}
+    return {"arguments": stored, "moved": gathered + reduced + looked_up + summed}
 
 
 def measure(name: str, devices: int) -> dict[str, Any]:

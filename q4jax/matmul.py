@@ -1,6 +1,7 @@
 """`matmul_4bit`: x @ W.T for a 4-bit W, differentiable in x and bias."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,28 +70,36 @@ def matmul_4bit(
         float_dtype(getattr(bias, "dtype", type(bias).__name__), "bias.dtype")
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {bias.shape}")
-    return _matmul(implementations.resolve(implementation), x, weight, bias)
+    how = _How(implementations.resolve(implementation), partition.outputs_are_whole())
+    return _matmul(how, x, weight, bias)
+
+
+class _How(NamedTuple):
+    """What is static in a product."""
+
+    implementation: str | None
+    whole: bool  # as in `Operation`
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _matmul(implementation: str | None, x: Array, weight: Params4bit, bias: Array | None) -> Array:
-    return _linear(implementation, x, weight, bias)
+def _matmul(how: _How, x: Array, weight: Params4bit, bias: Array | None) -> Array:
+    return _linear(how, x, weight, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(implementation: str | None, x: Array, weight: Params4bit, bias: Array | None) -> Array:
+def _linear(how: _How, x: Array, weight: Params4bit, bias: Array | None) -> Array:
     """[..., K] -> [..., N] in x's dtype."""
-    operation = Operation("linear", implementation, weight.quant_state.spec)
+    operation = Operation("linear", how.implementation, weight.quant_state.spec, whole=how.whole)
     return partition.run(operation, x, weight.arrays, bias)[0]
 
 
-def _linear_fwd(implementation, x, weight, bias):
-    return _linear(implementation, x, weight, bias), (Lies.of(x), weight, bias)
+def _linear_fwd(how, x, weight, bias):
+    return _linear(how, x, weight, bias), (Lies.of(x), weight, bias)
 
 
-def _linear_bwd(implementation, saved, g):
+def _linear_bwd(how, saved, g):
     lies, weight, bias = saved
-    dx = lies.place(_transposed(implementation, g, weight))
+    dx = lies.place(_transposed(how, g, weight))
     if bias is None:
         return dx, None, None
     dbias = g.sum(range(g.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
@@ -98,19 +107,19 @@ def _linear_bwd(implementation, saved, g):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed(implementation: str | None, g: Array, weight: Params4bit) -> Array:
+def _transposed(how: _How, g: Array, weight: Params4bit) -> Array:
     """[..., N] -> [..., K] in g's dtype: `_linear`'s gradient; its own gradient is `_linear`."""
-    operation = Operation("transposed", implementation, weight.quant_state.spec)
+    operation = Operation("transposed", how.implementation, weight.quant_state.spec)
     return partition.run(operation, g, weight.arrays)[0]
 
 
-def _transposed_fwd(implementation, g, weight):
-    return _transposed(implementation, g, weight), (Lies.of(g), weight)
+def _transposed_fwd(how, g, weight):
+    return _transposed(how, g, weight), (Lies.of(g), weight)
 
 
-def _transposed_bwd(implementation, saved, dx):
+def _transposed_bwd(how, saved, dx):
     lies, weight = saved
-    return lies.place(_linear(implementation, dx, weight, None)), None
+    return lies.place(_linear(how, dx, weight, None)), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -50,12 +50,15 @@ class Operation:
       implementation: as `implementations.call` takes it.
       spec: of the weight.
       dtype: of the result of "rows" and "dequantize".
+      whole: whether no device gives a part of the outputs of "linear" only; where the weight's are
+        split, the parts are gathered.
     """
 
     name: str
     implementation: str | None
     spec: QuantSpec
     dtype: Any = None
+    whole: bool = False
 
     @property
     def contraction(self) -> str | None:
@@ -91,7 +94,7 @@ class Operation:
         if self.name == "transposed":
             return ((*batch, rows), weight.arrays), ((*batch, columns),)
         bias = None if operands[2] is None else (rows,)
-        return ((*batch, columns), weight.arrays, bias), ((*batch, rows),)
+        return ((*batch, columns), weight.arrays, bias), ((*batch, _WHOLE if self.whole else rows),)
 
     def on_shard(self, split: Split, sizes: Mapping[str, int]) -> Callable[..., tuple[Array, ...]]:
         """The function of the operands' shards that gives the results' shards.
@@ -222,6 +225,8 @@ def _linear(shard: _Shard, x: Array, arrays: Arrays, bias: Array | None) -> tupl
         )
     else:
         y = shard.call(rows, arrays, bias, spec=spec)
+    if shard.operation.whole and shard.axes("out"):
+        y = lax.all_gather(y, shard.axes("out"), axis=1, tiled=True)
     return (y.reshape(*x.shape[:-1], y.shape[-1]),)
 
 

@@ -8,10 +8,12 @@
 On one device all of this leaves nothing behind.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +35,30 @@ from q4jax.splitting import Placed
 
 _WEIGHT = {"linear": 1, "transposed": 1, "rows": 1, "dequantize": 0}
 """Operation -> the number of the operand that is a weight's arrays."""
+
+
+_whole_outputs: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "whole_outputs", default=False
+)
+
+
+@contextlib.contextmanager
+def whole_outputs() -> Iterator[None]:
+    """Products traced in it give each device all outputs of its rows, as `whole_features` has them.
+
+    For layers that write to a residual stream. Without it the compiler splits their outputs as the
+    weight's, wherever the batch was to be split over the same axis.
+    """
+    token = _whole_outputs.set(True)
+    try:
+        yield
+    finally:
+        _whole_outputs.reset(token)
+
+
+def outputs_are_whole() -> bool:
+    """Whether a `whole_outputs` surrounds this."""
+    return _whole_outputs.get()
 
 
 def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ...]:

@@ -10,6 +10,7 @@ from q4jax.models.cache import KVCache
 from q4jax.models.config import LlamaConfig
 from q4jax.models.norm import LlamaRMSNorm
 from q4jax.models.rope import rotate
+from q4jax.partition import whole_outputs
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine, sine
 
@@ -107,4 +108,5 @@ class LlamaAttention(nnx.Module):
         # In float32 where the compute dtype is float16: XLA's CPU backend lacks the float16 form.
         q, k, v = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (q, k, v))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None).astype(x.dtype)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
+        with whole_outputs():
+            return self.o_proj(y.reshape(*x.shape[:2], -1)), cache

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.models.config import ExpertsConfig, LlamaConfig
+from q4jax.partition import whole_outputs
 
 # Rows of a block: more are less padding's worth of calls, and more padding.
 _LARGEST_BLOCK = 64
@@ -24,7 +25,9 @@ class LlamaMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., hidden_size]` to the same shape."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        h = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        with whole_outputs():
+            return self.down_proj(h)
 
 
 class LlamaRouter(nnx.Module):
