@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from q4jax.lora import add_lora, merge_lora
     from q4jax.memory import memory_report, trainable_parameters
     from q4jax.named_adapters import AdapterBank
+    from q4jax.placed import check_sharding
 
 if "flax.nnx" in sys.modules:
     # So that a module may hold a Params4bit as an attribute before any layer here is used.
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022
     "merge_lora",
     "AdapterBank",
     "fingerprint",
+    "check_sharding",
     "checkpoint",
     "interop",
     "models",
@@ -94,6 +96,7 @@ _LAZY = {
     "add_lora": "q4jax.lora",
     "merge_lora": "q4jax.lora",
     "fingerprint": "q4jax.digests",
+    "check_sharding": "q4jax.placed",
 }
 
 

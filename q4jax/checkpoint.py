@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from q4jax.adapters import adapter_state, with_adapters
+from q4jax.placed import check_sharding
 from q4jax.rebuild import Place, Places, rebuild, take_apart
 
 __all__ = ["adapter_state", "restore", "restore_step", "save", "save_args", "with_adapters"]
@@ -86,7 +87,8 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
     Raises:
       FileNotFoundError: there is no complete checkpoint at `path`.
       ValueError: `path` is no checkpoint of q4jax; its leaves differ from the target's in name,
-        tag, dtype or shape (both sides are named); the arrays are not those that were saved.
+        tag, dtype or shape (both sides are named); the target's weights are split so that they
+        could not be used (`check_sharding`); the arrays are not those that were saved.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, q4jax
@@ -156,6 +158,9 @@ def restore_step(
 
 
 def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
+    if target is not None:
+        check_sharding(target)
+
     def read_arrays(places: Places) -> dict[str, Any]:
         wanted = {name: _restore_args(place) for name, place in places.items()}
         request = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)

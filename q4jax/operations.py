@@ -156,6 +156,12 @@ def _weight(spec: QuantSpec, lead: int, *, nested: bool) -> _Weight:
     return _Weight(full, packed, absmax, nested)
 
 
+def weight_dims(spec: QuantSpec, lead: int) -> tuple[Dims, Dims]:
+    """What the axes of a weight's codes and of its scales mean, with `lead` axes in front."""
+    weight = _weight(spec, lead, nested=spec.nested)
+    return weight.packed, weight.absmax
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shard:
     """One device's part of an operation."""

@@ -17,6 +17,7 @@ from q4jax.interop.placement import Placement, place
 from q4jax.interop.progress import Progress
 from q4jax.interop.reading import Tree, flatten
 from q4jax.params import Params4bit
+from q4jax.rules import QuantRule
 from q4jax.spec import FLOAT_DTYPES
 from q4jax.state import QuantState
 
@@ -181,7 +182,7 @@ def _kind(spec: Any) -> tuple[str, bool]:
     return spec.quant_type, spec.nested
 
 
-def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig) -> Params4bit:
+def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig | QuantRule) -> Params4bit:
     """A weight `[out, in]` in 4 bits; ValueError, with its name, where it cannot be quantized."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}, which cannot be quantized")

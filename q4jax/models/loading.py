@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from q4jax.config import QuantConfig
 from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.huggingface import quantize_tensor
 from q4jax.interop.placement import Placement, place
@@ -17,6 +16,7 @@ from q4jax.layers import Linear4bit
 from q4jax.models.llama import Llama
 from q4jax.models.names import LEAVES, VariablePath, is_transposed, lead_shape, tensor_names
 from q4jax.models.stacks import WeightStack
+from q4jax.rules import QuantRule
 from q4jax.spec import FLOAT_DTYPES
 from q4jax.walk import replace_modules
 
@@ -29,17 +29,16 @@ class Loader:
 
     Attributes:
       tensors: name to array; or a `Checkpoint`, whose weights may be 4-bit.
-      quantized: paths of the linear layers that will be 4-bit.
-      quantization: how to quantize what is not 4-bit in `tensors`.
-      dtype: compute dtype of the 4-bit layers.
+      quantized: paths of the linear layers that will be 4-bit, and how those are quantized that are
+        not 4-bit in `tensors`.
+      dtype: compute dtype of the 4-bit layers whose rule has none.
       sharding: where the variables go. Names are those of the model, such as
         `layers.mlp.up_proj.weight.packed`, and shapes have the axis of layers.
       bar: told the bytes that were read from a `Checkpoint`.
     """
 
     tensors: Mapping[str, Any]
-    quantized: frozenset[str]
-    quantization: QuantConfig | None
+    quantized: Mapping[str, QuantRule | None]
     dtype: Any
     sharding: Placement | None
     bar: Progress
@@ -68,9 +67,11 @@ class Loader:
                 return module
             names = tensor_names((*place_of, "kernel"), config)
             wanted = (module.out_features, module.in_features)
-            weight = self._weight(names, wanted, lead_shape(place_of, config))
+            rule = self.quantized[path]
+            weight = self._weight(names, wanted, lead_shape(place_of, config), rule)
             layer = Linear4bit.from_weight(
-                weight.finish(f"{path}.weight", self.sharding), dtype=self.dtype
+                weight.finish(f"{path}.weight", self.sharding),
+                dtype=self.dtype if rule is None or rule.dtype is None else rule.dtype,
             )
             layer.use_bias, layer.bias = module.use_bias, module.bias
             return layer
@@ -78,7 +79,11 @@ class Loader:
         return replace_modules(model, replace)
 
     def _weight(
-        self, names: list[str], wanted: tuple[int, int], lead: tuple[int, ...]
+        self,
+        names: list[str],
+        wanted: tuple[int, int],
+        lead: tuple[int, ...],
+        rule: QuantRule | None,
     ) -> WeightStack:
         """The 4-bit weight of one module: read, or quantized, matrix by matrix."""
         stack = WeightStack(lead)
@@ -87,12 +92,12 @@ class Loader:
                 state = self.tensors.read_state(name)
                 _check_shape(name, state.shape, wanted)
                 self.tensors.read_into(name, stack.add(name, state))
-            elif self.quantization is None:
+            elif rule is None:
                 raise ValueError(f"{name} is not 4-bit, but the same weight of another layer is")
             else:
                 tensor = self.tensors[name]
                 _check_shape(name, tensor.shape, wanted)
-                weight = quantize_tensor(name, tensor, self.quantization)
+                weight = quantize_tensor(name, tensor, rule)
                 stack.add(name, weight.quant_state)[...] = np.asarray(weight.packed)
             self._count(name)
         return stack

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from q4jax.config import QuantConfig
 from q4jax.convert import plan_quantization
 from q4jax.interop.checkpoint_files import Checkpoint
 from q4jax.interop.placement import Placement
@@ -22,6 +21,7 @@ from q4jax.models.loading import Loader
 from q4jax.models.names import tensor_names
 from q4jax.models.sharding import LlamaShardings
 from q4jax.plan import report
+from q4jax.rules import Config
 from q4jax.spec import float_dtype
 from q4jax.walk import walk_modules
 
@@ -33,7 +33,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def from_pretrained(
     path: str | os.PathLike[str],
-    quantization: QuantConfig | None = None,
+    quantization: Config = None,
     dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     *,
@@ -50,13 +50,13 @@ def from_pretrained(
     Args:
       path: the directory; `model.safetensors`, or `model.safetensors.index.json` and its
         shards.
-      quantization: how to quantize the projections of a model in full precision to 4 bits; None:
-        not at all.
+      quantization: how to quantize the projections of a model in full precision to 4 bits: a
+        `QuantConfig`, which keeps `lm_head`, or a list of `QuantRule`s; None: not at all.
       dtype: compute dtype; None: the `bnb_4bit_compute_dtype` of `config.json`, else its `dtype`,
         else that of the weights. Weights keep the dtype they are stored in, norm scales become
         float32.
-      mesh: where the model goes, split as `LlamaShardings` says; its axes are among "data", "fsdp"
-        and "tensor". What they do not divide is found before weights are read.
+      mesh: where the model goes, split as `LlamaShardings` says; its axes are among "data",
+        "fsdp", "tensor" and "expert". What they do not divide is found before weights are read.
       sharding: where arrays go, each straight from the host to its shards: a function of the name
         of a variable, such as `layers.mlp.up_proj.weight.packed`, and its `jax.ShapeDtypeStruct`;
         or a mapping from names; or one sharding. None: `mesh`, or else the default device.
@@ -91,7 +91,7 @@ def from_pretrained(
 def from_tensors(
     config: LlamaConfig,
     tensors: Mapping[str, np.ndarray],
-    quantization: QuantConfig | None = None,
+    quantization: Config = None,
     dtype: DTypeLike | None = None,
     *,
     sharding: Placement | None = None,
@@ -108,7 +108,7 @@ def from_tensors(
 def _load(
     config: LlamaConfig,
     tensors: Mapping[str, Any],
-    quantization: QuantConfig | None,
+    quantization: Config,
     dtype: DTypeLike | None,
     sharding: Placement | None,
     bar: Progress,
@@ -124,7 +124,15 @@ def _load(
     if quantization is not None:
         decisions = plan_quantization(model, quantization)
         report(decisions)
-        blocksizes = {d.path: quantization.blocksize for d in decisions if d.quantize}
+        linear = _linear_paths(model)
+        other = [d.path for d in decisions.quantized if d.path not in linear]
+        if other:
+            raise ValueError(
+                f"{', '.join(other)}: only linear layers are quantized while a model is loaded; "
+                "quantize_model takes the others"
+            )
+        quantized = {decision.path: decision.rule for decision in decisions.quantized}
+        blocksizes = {path: rule.blocksize for path, rule in quantized.items() if rule is not None}
     else:
         specs = tensors.specs if isinstance(tensors, Checkpoint) else {}
         blocksizes = {
@@ -133,13 +141,12 @@ def _load(
             for name in names
             if name in specs
         }
+        quantized = dict.fromkeys(blocksizes)
     if isinstance(sharding, LlamaShardings):
         if len(set(blocksizes.values())) == 1:
             sharding = dataclasses.replace(sharding, blocksize=next(iter(blocksizes.values())))
         sharding.check(model, blocksizes)
-    layers_dtype = (quantization and quantization.dtype) or dtypes["dtype"]
-    loader = Loader(tensors, frozenset(blocksizes), quantization, layers_dtype, sharding, bar)
-    return loader.fill(model)
+    return Loader(tensors, quantized, dtypes["dtype"], sharding, bar).fill(model)
 
 
 def _linear_paths(model: Llama) -> dict[str, list[str]]:

@@ -234,6 +234,8 @@ def test_a_weight_that_is_split_wrongly(packed, absmax, text, kind):
     state = weight.quant_state
     state = q4jax.QuantState(put(state.absmax, mesh, *absmax), None, None, state.spec)
     wrong = q4jax.Params4bit(put(weight.packed, mesh, *packed), state)
+    with pytest.raises(ValueError, match=r"layers\.3\.weight \(nf4_b128_n0_\S+\): .*" + text):
+        q4jax.check_sharding({"layers": [None] * 3 + [{"weight": wrong}]})
     for function in (lambda w: q4jax.matmul_4bit(jnp.ones((8, 512)), w), q4jax.dequantize_4bit):
         error = ValueError if kind == EXPLICIT else jax.errors.JaxRuntimeError
         with context(mesh, kind), pytest.raises(error, match=text) as caught:

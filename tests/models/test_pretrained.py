@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.models import Llama, from_pretrained, from_tensors, save_pretrained
+from q4jax.models import Llama, LlamaConfig, from_pretrained, from_tensors, save_pretrained
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -189,3 +189,30 @@ def test_quantization_while_loading(config, tmp_path, input_ids, forward, relati
     from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{UP}: w holds NaN"):
         from_pretrained(tmp_path, quantization=q4jax.QuantConfig())
+
+
+def test_rules_for_each_layer(tmp_path):
+    """As `quantize_model` takes them, each layer with the settings of its rule."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    model = Llama(config, rngs=nnx.Rngs(0))
+    save_pretrained(model, tmp_path)
+    rules = [
+        q4jax.QuantRule(r".*_proj", blocksize=32, quant_type="fp4", compress_statistics=False),
+        q4jax.QuantRule("lm_head", skip=True),
+    ]
+    loaded = from_pretrained(tmp_path, rules)
+    assert loaded.layers.mlp.up_proj.weight.quant_state.spec.tag().startswith("fp4_b32_n0_")
+    expected = q4jax.quantize_model(model, rules)
+    assert q4jax.fingerprint(loaded) == q4jax.fingerprint(expected)
+    with pytest.raises(ValueError, match="embed_tokens: only linear layers are quantized while"):
+        from_pretrained(tmp_path, [q4jax.QuantRule("embed_tokens", embeddings=True)])
+    with pytest.raises(TypeError, match="a QuantConfig or a list of QuantRules, got 'nf4'"):
+        from_pretrained(tmp_path, "nf4")
