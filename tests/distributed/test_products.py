@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import q4jax
 
 N, K = 480, 1536
-X = normal(1, 24, 14, K) / 8  # no part of its 336 rows is as many as a part of the weight's
+X = normal(1, 24, 18, K) / 8  # no part of its 432 rows is as many as a part of the weight's
 BIAS = normal(2, N)
 SPLITS = {
     "columns": (P("batch"), P("part", None)),
