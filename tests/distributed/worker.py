@@ -8,43 +8,51 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
 import jax
-
-settings = json.loads(sys.argv[1])
-if settings["count"] > 1:
-    jax.distributed.initialize(
-        settings["address"], settings["count"], settings["number"], initialization_timeout=120
-    )
-
-import numpy as np  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
-from jax.sharding import AxisType, Mesh  # noqa: E402
-from test_training import TOKENS, make, place, step  # noqa: E402
-
-import q4jax  # noqa: E402
-from q4jax import checkpoint  # noqa: E402
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh
 
 SAVE_EVERY = 4
 
-sizes = settings["mesh"]
-devices = np.array(jax.devices()).reshape(tuple(sizes.values()))
-mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-model, optimizer = make(mesh)
-options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-with ocp.CheckpointManager(settings["folder"], options=options) as manager:
-    start = manager.latest_step() or 0
-    if start:
-        tree = checkpoint.restore_step(manager, start, {"model": model, "optimizer": optimizer})
-        model, optimizer = tree["model"], tree["optimizer"]
-    print(json.dumps({"start": start}), flush=True)
-    for number in range(start, settings["steps"]):
-        if number == settings.get("killed_at"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        loss = float(step(model, optimizer, place(TOKENS[number % len(TOKENS)], mesh)))
-        print(json.dumps({"step": number, "loss": loss}), flush=True)
-        if (number + 1) % SAVE_EVERY == 0:
-            tree = {"model": model, "optimizer": optimizer}
-            manager.save(number + 1, args=checkpoint.save_args(tree))
-    manager.wait_until_finished()
-print(json.dumps({"fingerprint": q4jax.fingerprint(model)}), flush=True)
+
+def main(settings: dict[str, Any]) -> None:
+    """The process."""
+    if settings["count"] > 1:
+        jax.distributed.initialize(
+            settings["address"], settings["count"], settings["number"], initialization_timeout=120
+        )
+    # After that, as they compute when they are imported.
+    from test_training import TOKENS, make, place, step
+
+    import q4jax
+    from q4jax import checkpoint
+
+    sizes = settings["mesh"]
+    devices = np.array(jax.devices()).reshape(tuple(sizes.values()))
+    mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    model, optimizer = make(mesh)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+    with ocp.CheckpointManager(settings["folder"], options=options) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            target = {"model": model, "optimizer": optimizer}
+            tree = checkpoint.restore_step(manager, start, target)
+            model, optimizer = tree["model"], tree["optimizer"]
+        print(json.dumps({"start": start}), flush=True)
+        for number in range(start, settings["steps"]):
+            if number == settings.get("killed_at"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = float(step(model, optimizer, place(TOKENS[number % len(TOKENS)], mesh)))
+            print(json.dumps({"step": number, "loss": loss}), flush=True)
+            if (number + 1) % SAVE_EVERY == 0:
+                tree = {"model": model, "optimizer": optimizer}
+                manager.save(number + 1, args=checkpoint.save_args(tree))
+        manager.wait_until_finished()
+    print(json.dumps({"fingerprint": q4jax.fingerprint(model)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
