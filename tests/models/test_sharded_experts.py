@@ -68,7 +68,9 @@ print("done")
 def test_rules(name, shape, spec):
     mesh = Mesh(np.full((2, 2), jax.devices()[0]), ("fsdp", "tensor"))
     array = jax.ShapeDtypeStruct(shape, np.float32)
-    assert LlamaShardings(mesh, blocksize=32)(f"layers.mlp.{name}", array).spec == PartitionSpec(*spec)
+    assert LlamaShardings(mesh, blocksize=32)(f"layers.mlp.{name}", array).spec == PartitionSpec(
+        *spec
+    )
 
 
 @pytest.mark.slow
