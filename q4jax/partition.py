@@ -35,6 +35,8 @@ from q4jax.splitting import Placed
 
 _WEIGHT = {"linear": 1, "transposed": 1, "rows": 1, "dequantize": 0}
 """Operation -> the number of the operand that is a weight's arrays."""
+_ROWS = ("linear", "transposed", "rows", "features")
+"""Operations whose first operand may have any number of axes in front."""
 
 
 _whole_outputs: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -180,6 +182,11 @@ def _batched(
 
     @run.def_vmap
     def _(size: int, batched: list[bool], *flat: Array) -> tuple[Any, Any]:
+        if operation.name in _ROWS and batched[0] and not any(batched[1:]):
+            # More rows for the same weight, which is not to be copied for each of them.
+            rows = jnp.moveaxis(flat[0], 0, lead)
+            results = _batched(operation, tree, lead)(rows, *flat[1:])
+            return tuple(jnp.moveaxis(r, lead, 0) for r in results), (True,) * len(results)
         full = [
             a if b else jnp.broadcast_to(a, (size, *a.shape))
             for a, b in zip(flat, batched, strict=True)

@@ -207,3 +207,16 @@ def test_key_paths_carry_the_tag(weight):
 def test_split_tag_refuses(key):
     with pytest.raises(ValueError, match="not the"):
         split_tag(key)
+
+
+def test_vmap_over_rows_does_not_copy_the_weight():
+    weight = q4jax.Params4bit.quantize(jnp.ones((128, 256)), 64, True, "nf4")
+    x = jax.random.normal(jax.random.key(0), (5, 3, 256))
+
+    def loss(x):
+        return jax.vmap(lambda x: q4jax.matmul_4bit(x, weight))(x).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    assert "128x128xui8" in text and "5x128x128xui8" not in text
+    y = jax.vmap(jax.vmap(lambda x: q4jax.matmul_4bit(x, weight)))(x)
+    np.testing.assert_allclose(y, q4jax.matmul_4bit(x, weight), rtol=1e-6, atol=1e-6)
