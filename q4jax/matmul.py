@@ -46,7 +46,7 @@ def matmul_4bit(
     Raises:
       ValueError: x or bias has the wrong width or dtype; the weight is not 2-D; codes that are
         not uint8 or do not fit the state.
-      TypeError: state is missing.
+      TypeError: state is missing, or x is a 4-bit weight.
       NotImplementedError: the named implementation cannot serve the call.
 
     Example:
@@ -58,6 +58,8 @@ def matmul_4bit(
       >>> y.shape, y.dtype.name
       ((3, 5, 128), 'bfloat16')
     """
+    if isinstance(x, Params4bit):
+        raise TypeError(f"matmul_4bit(x, weight): x is the weight, {x!r}; swap the two")
     weight = Params4bit.of(packed, state)
     shape = weight.quant_state.shape
     if len(shape) != 2:

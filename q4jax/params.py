@@ -200,7 +200,8 @@ class Params4bit:
         if spec.nested and blocks % spec.nested_blocksize:
             raise ValueError(
                 f"cannot unstack {self!r}: the {blocks} blocks of a matrix are not a multiple of "
-                f"{spec.nested_blocksize}, so matrices share nested scales"
+                f"{spec.nested_blocksize}, so matrices share nested scales; jax.vmap of "
+                f"Params4bit.quantize over the leading axes gives each its own"
             )
         matrix = QuantSpec.of(
             (rows, columns), spec.dtype, spec.quant_type, spec.blocksize, spec.nested

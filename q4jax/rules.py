@@ -133,5 +133,5 @@ def require_matches(patterns: Iterable[str], paths: Iterable[str]) -> None:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise ValueError(
             f"no layer matches {', '.join(map(repr, idle))}; a pattern is compared with the whole "
-            f"path, and the layers are: {shown or 'none'}{more}"
+            f"path (for a name alone: '.*name'), and the layers are: {shown or 'none'}{more}"
         )

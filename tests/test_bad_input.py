@@ -201,3 +201,9 @@ def test_from_prequantized_size(weight, codes):
     stats = weight.quant_state.as_dict()
     with pytest.raises(ValueError, match=f"data must hold 256 bytes for nf4_.*, got {codes.size}"):
         Params4bit.from_prequantized(codes, stats)
+
+
+def test_swapped_arguments_of_matmul():
+    weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)))
+    with pytest.raises(TypeError, match="x is the weight, .*; swap the two"):
+        q4jax.matmul_4bit(weight, jnp.ones((1, 64)))
