@@ -10,7 +10,6 @@ widens 16-bit operands to float32 and does not fuse attention.
 
 import argparse
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import optax
 from collectives import collectives
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 import q4jax
 from q4jax.models import Llama, LlamaConfig, LlamaShardings
@@ -60,7 +59,7 @@ MODELS = {
 RANK, LENGTH, BLOCKSIZE = 16, 2048, 64
 
 
-def abstract(config: LlamaConfig, mesh: Mesh) -> tuple[Llama, nnx.Optimizer]:
+def abstract(config: LlamaConfig, rules: LlamaShardings) -> tuple[Llama, nnx.Optimizer]:
     """Model and optimizer without arrays, each variable with its place on the mesh."""
 
     def make() -> tuple[Llama, nnx.Optimizer]:
@@ -72,7 +71,6 @@ def abstract(config: LlamaConfig, mesh: Mesh) -> tuple[Llama, nnx.Optimizer]:
         return model, nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.LoRAParam)
 
     model, optimizer = nnx.eval_shape(make)
-    rules = LlamaShardings(mesh, blocksize=BLOCKSIZE)
     return rules.place(model), rules.place(optimizer)
 
 
@@ -121,12 +119,10 @@ def measure(name: str, devices: int) -> dict[str, Any]:
     config, sizes = MODELS[name], MESHES[devices]
     grid = np.array(jax.devices()).reshape(tuple(sizes.values()))
     mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    model, optimizer = abstract(config, mesh)
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in sizes)
-    batch = math.prod(sizes[axis] for axis in axes)
-    tokens = jax.ShapeDtypeStruct(
-        (batch, LENGTH + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(axes))
-    )
+    rules = LlamaShardings(mesh, blocksize=BLOCKSIZE)
+    model, optimizer = abstract(config, rules)
+    batch = sizes.get("data", 1) * sizes["fsdp"]
+    tokens = jax.ShapeDtypeStruct((batch, LENGTH + 1), jnp.int32, sharding=rules.batch)
     began = time.perf_counter()
     step = nnx.jit(train_step, donate_argnums=(0, 1))
     compiled = step.lower(model, optimizer, tokens).compile()

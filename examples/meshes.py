@@ -56,15 +56,14 @@ class Placement:
 
     def rows(self) -> int:
         """Into how many parts a batch is split."""
-        shape = {} if self.rules is None else self.rules.mesh.shape
-        return shape.get("data", 1) * shape.get("fsdp", 1)
+        if self.rules is None:
+            return 1
+        return math.prod(self.rules.mesh.shape[axis] for axis in self.rules.batch.spec[0] or ())
 
     def batch(self, tokens: np.ndarray) -> jax.Array:
         """int32 `[B, T]`, the same in every process; split where B allows it."""
         if self.rules is None:
             return jax.numpy.asarray(tokens)
-        mesh = self.rules.mesh
-        axes = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
-        split = axes if axes and len(tokens) % self.rows() == 0 else None
-        sharding = NamedSharding(mesh, PartitionSpec(split))
+        whole = NamedSharding(self.rules.mesh, PartitionSpec())
+        sharding = whole if len(tokens) % self.rows() else self.rules.batch
         return jax.make_array_from_callback(tokens.shape, sharding, lambda part: tokens[part])

@@ -6,6 +6,7 @@ subnormals to zero.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -126,36 +127,34 @@ def in_layout(
     return packed.reshape(*lead, *spec.packed_shape), absmax.reshape(*lead, *spec.absmax_shape)
 
 
-def finish(w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSpec) -> Arrays:
-    """The arrays in the spec's layout, the scales double-quantized where the spec says so.
-
-    Nested statistics are shared by all leading axes of `w_shape`.
-    """
-    packed, absmax = in_layout(w_shape, packed, absmax, spec)
-    if not spec.nested:
-        return Arrays(packed, absmax, None, None)
-    return Arrays(packed, *compress(absmax))
-
-
-def quantize(w: Array, spec: QuantSpec) -> Arrays:
-    """Quantize a weight whose full shape ends in `spec.shape`."""
-    return finish(w.shape, *quantize_flat(w, spec), spec)
-
-
 def decode_absmax(absmax: Array, nested_absmax: Array | None, offset: Array | None) -> Array:
     """The float32 scales, in `absmax`'s shape; axes that `offset` has are leading axes of all."""
     if nested_absmax is None or offset is None:
         return absmax
     if offset.ndim:
         return jax.vmap(decode_absmax)(absmax, nested_absmax, offset)
-    # Block numbers from an iota rather than a reshape: a reshape across a sharded axis would
-    # gather the scales.
-    strides = [math.prod(absmax.shape[i + 1 :]) for i in range(absmax.ndim)]
-    iotas = [lax.broadcasted_iota(jnp.int32, absmax.shape, i) for i in range(absmax.ndim)]
-    index = jnp.zeros(absmax.shape, jnp.int32)
-    for stride, iota in zip(strides, iotas, strict=True):
-        index += stride * iota
-    return decode_absmax_at(index, absmax, nested_absmax, offset)
+    return decode_absmax_at(block_numbers(absmax.shape), absmax, nested_absmax, offset)
+
+
+def block_numbers(
+    shape: tuple[int, ...],
+    first: Sequence[Array | int] | None = None,
+    whole: tuple[int, ...] | None = None,
+) -> Array:
+    """The numbers of scales in the row-major order of their weight, int32 of `shape`.
+
+    From an iota rather than a reshape: a reshape across a sharded axis would gather the scales.
+
+    Args:
+      shape: of the scales.
+      first: the indices of the first of them, where they are a part of the weight's.
+      whole: the shape of all the weight's scales.
+    """
+    first, whole = first or (0,) * len(shape), whole or shape
+    numbers = jnp.zeros(shape, jnp.int32)
+    for axis, (start, size) in enumerate(zip(first, whole, strict=True)):
+        numbers = numbers * size + start + lax.broadcasted_iota(jnp.int32, shape, axis)
+    return numbers
 
 
 def decode_absmax_at(index: Array, codes: Array, nested_absmax: Array, offset: Array) -> Array:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from q4jax.codebooks import QuantType
 from q4jax.folds import Equation, Fold
-from q4jax.layers import _Quantized
+from q4jax.layers import _Quantized, other_class
 from q4jax.matmul import matmul_4bit
 from q4jax.params import Params4bit
 
@@ -45,7 +45,7 @@ def einsum_fold(layer: nnx.Einsum) -> Fold:
 def why_not_general(layer: Any) -> str | None:
     """Why a module cannot become a `LinearGeneral4bit`, or None where it can."""
     if type(layer) is not nnx.LinearGeneral:
-        return _other("LinearGeneral", layer)
+        return other_class(nnx.LinearGeneral, layer)
     if layer.dot_general is not None or layer.dot_general_cls is not None:
         return "its dot_general was replaced"
     return _why_not_arithmetic(layer)
@@ -54,7 +54,7 @@ def why_not_general(layer: Any) -> str | None:
 def why_not_einsum(layer: Any) -> str | None:
     """Why a module cannot become an `Einsum4bit`, or None where it can."""
     if type(layer) is not nnx.Einsum:
-        return _other("Einsum", layer)
+        return other_class(nnx.Einsum, layer)
     if layer.einsum_op is not jnp.einsum:
         return "its einsum_op was replaced"
     try:
@@ -62,11 +62,6 @@ def why_not_einsum(layer: Any) -> str | None:
     except ValueError as error:
         return str(error)
     return _why_not_arithmetic(layer)
-
-
-def _other(expected: str, layer: Any) -> str:
-    kind = type(layer)
-    return f"it is not an nnx.{expected} but {kind.__module__}.{kind.__qualname__}"
 
 
 def _why_not_arithmetic(layer: Any) -> str | None:

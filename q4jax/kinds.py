@@ -12,7 +12,7 @@ from q4jax.folded import Einsum4bit, LinearGeneral4bit, why_not_einsum, why_not_
 from q4jax.foreign import ForeignWeight, host, restore
 from q4jax.frozen import thaw
 from q4jax.hosted import describe_layer
-from q4jax.layers import Embedding4bit, Linear4bit, why_not
+from q4jax.layers import Embedding4bit, Linear4bit, other_class, why_not
 from q4jax.params import Params4bit
 from q4jax.plan import Kind
 
@@ -96,8 +96,7 @@ def _host(folds: dict[str, Any]) -> Callable[[Any, str, dict[str, Any]], nnx.Mod
 
 def _why_not_embed(embed: Any) -> str | None:
     if type(embed) is not nnx.Embed:
-        kind = type(embed)
-        return f"it is not an nnx.Embed but {kind.__module__}.{kind.__qualname__}"
+        return other_class(nnx.Embed, embed)
     if embed.promote_dtype is not dtypes.promote_dtype:
         return "its promote_dtype was replaced"
     return None

@@ -209,12 +209,18 @@ class Linear4bit(_Quantized):
         return layer
 
 
+def other_class(expected: type, layer: Any) -> str:
+    """Why a layer of a class of its own cannot become 4-bit, though `expected` can."""
+    kind = type(layer)
+    return f"it is not an nnx.{expected.__name__} but {kind.__module__}.{kind.__qualname__}"
+
+
 def why_not(linear: Any) -> str | None:
     """Why a module cannot become a `Linear4bit`, or None where it can."""
     if isinstance(linear, Linear4bit):
         return "it is quantized already"
     if type(linear) is not nnx.Linear:
-        return f"it is not an nnx.Linear but {type(linear).__module__}.{type(linear).__qualname__}"
+        return other_class(nnx.Linear, linear)
     if linear.dot_general is not jax.lax.dot_general:
         return "its dot_general was replaced"
     return None

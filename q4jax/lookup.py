@@ -34,16 +34,16 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
         raise ValueError(f"take_rows: quant_state.shape must be 2D, got {list(state.shape)}")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
-    rows = state.shape[0]
     dtype = state.dtype if dtype is None else float_dtype(dtype)
-    return _take(weight, ids, rows, dtype)
+    return _take(weight, ids, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "dtype"))
-def _take(weight: Params4bit, ids: Array, rows: int, dtype: np.dtype[Any]) -> Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _take(weight: Params4bit, ids: Array, dtype: np.dtype[Any]) -> Array:
+    spec = weight.quant_state.spec
+    rows = spec.shape[0]
     ids = jnp.where(ids < 0, ids + rows, ids)
     inside = (ids >= 0) & (ids < rows)
-    spec = weight.quant_state.spec
     operation = Operation("rows", None, spec, dtype)
     (found,) = partition.run(operation, jnp.where(inside, ids, 0), weight.arrays)
     return jnp.where(inside[..., None], found, jnp.nan)

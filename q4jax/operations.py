@@ -197,10 +197,11 @@ class _Shard:
         dims = _weight(spec, arrays.absmax.ndim - len(spec.absmax_shape), nested=True).absmax
         if not any(self.axes(dim.label) for dim in dims):
             return arrays, spec
-        index = jnp.zeros(arrays.absmax.shape, jnp.int32)
-        for axis, (dim, size) in enumerate(zip(dims, arrays.absmax.shape, strict=True)):
-            number = lax.broadcasted_iota(jnp.int32, arrays.absmax.shape, axis)
-            index = index * (size * self.parts(dim.label)) + self.first(dim.label, size) + number
+        shape = arrays.absmax.shape
+        labels = [dim.label for dim in dims]
+        first = [self.first(label, size) for label, size in zip(labels, shape, strict=True)]
+        whole = tuple(size * self.parts(label) for label, size in zip(labels, shape, strict=True))
+        index = blockwise.block_numbers(shape, first, whole)
         scales = blockwise.decode_absmax_at(
             index, arrays.absmax, arrays.nested_absmax, arrays.offset
         )
@@ -221,16 +222,10 @@ class _Shard:
 def _linear(shard: _Shard, x: Array, arrays: Arrays, bias: Array | None) -> tuple[Array, ...]:
     arrays, spec = shard.weight(arrays)
     rows = x.reshape(-1, x.shape[-1])
-    if shard.axes("in"):
-        y = shard.total(shard.call(rows, arrays, None, spec=spec))
-        # Once, not in each part.
-        y = (
-            y
-            if bias is None
-            else (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
-        )
-    else:
-        y = shard.call(rows, arrays, bias, spec=spec)
+    summed = bool(shard.axes("in"))
+    y = shard.total(shard.call(rows, arrays, None if summed else bias, spec=spec))
+    if summed and bias is not None:  # once, not in each part
+        y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
     if shard.operation.whole and shard.axes("out"):
         y = lax.all_gather(y, shard.axes("out"), axis=1, tiled=True)
     return (y.reshape(*x.shape[:-1], y.shape[-1]),)

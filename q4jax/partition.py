@@ -83,6 +83,8 @@ def whole_features(x: Array) -> Array:
     take a split of features over from them, and give up that of the batch. The gradient is treated
     alike. With explicit or manual axes x says itself how it lies, and nothing is done.
     """
+    if _axes_by_type().keys() - {AxisType.Auto}:
+        return x
     return run(WholeFeatures(), x)[0]
 
 
@@ -197,12 +199,18 @@ def _batched(
     return run
 
 
-def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
+def _axes_by_type() -> dict[AxisType, tuple[str, ...]]:
+    """The axes of the mesh that surrounds this, but for those that split nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     axes: dict[AxisType, tuple[str, ...]] = {}
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
         if mesh.shape[name] > 1:
             axes[kind] = (*axes.get(kind, ()), name)
+    return axes
+
+
+def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
+    mesh, axes = jax.sharding.get_abstract_mesh(), _axes_by_type()
     auto, explicit = axes.get(AxisType.Auto, ()), axes.get(AxisType.Explicit, ())
     if auto and explicit:
         raise NotImplementedError(
@@ -210,8 +218,6 @@ def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
             "them of one type"
         )
     if explicit:
-        if isinstance(call.operation, WholeFeatures):
-            return tuple(flat)
         return _explicit(call, flat, mesh, explicit)
     if auto and AxisType.Manual in axes:
         return _partly_manual(call, flat, auto)
@@ -224,8 +230,7 @@ def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
 def _partly_manual(call: _Call, flat: Sequence[Array], auto: tuple[str, ...]) -> tuple[Array, ...]:
     # There the compiler does not say how operands lie, so it must see what is computed.
     operation = call.operation
-    if isinstance(operation, WholeFeatures):
-        return tuple(flat)
+    assert isinstance(operation, Operation)  # `whole_features` does nothing there
     if operation.implementation not in (None, "xla"):
         raise NotImplementedError(
             f"implementation={operation.implementation!r} inside a shard_map that leaves the mesh "

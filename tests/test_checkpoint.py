@@ -316,21 +316,6 @@ def with_leaf(name, change):
             "a.w.packed is missing in target, uint8[64, 64] in the checkpoint",
         ),
         (
-            lambda: with_leaf("packed", lambda a: a.astype(jnp.bfloat16)),
-            "a.w.packed is bfloat16[64, 64] in target",
-            "uint8[64, 64] in the checkpoint",
-        ),
-        (
-            lambda: with_leaf("['w'].quant_state.absmax", lambda a: a.astype(jnp.float32)),
-            f"a.w.quant_state.absmax is float32[64, 2] {TAG} in target",
-            f"uint8[64, 2] {TAG} in the checkpoint",
-        ),
-        (
-            lambda: with_leaf("offset", lambda a: a.astype(jnp.bfloat16)),
-            f"a.w.quant_state.offset is bfloat16[] {TAG} in target",
-            f"float32[] {TAG} in the checkpoint",
-        ),
-        (
             lambda: saved(lora=jnp.ones((4, 2), jnp.bfloat16)),
             "a.lora is bfloat16[4, 2] in target",
             "float32[4, 2] in the checkpoint",
@@ -375,6 +360,34 @@ def test_a_wrong_target_is_refused_before_an_array_is_read(
     assert mine in message
     assert theirs in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("target", "mine"),
+    [
+        (
+            lambda: with_leaf("packed", lambda a: a.astype(jnp.bfloat16)),
+            rf"packed must be uint8\[64, 64\] for {TAG}, got bfloat16\[64, 64\]",
+        ),
+        (
+            lambda: with_leaf("['w'].quant_state.absmax", lambda a: a.astype(jnp.float32)),
+            rf"absmax must be uint8\[64, 2\] for {TAG}, got float32\[64, 2\]",
+        ),
+        (
+            lambda: with_leaf("offset", lambda a: a.astype(jnp.bfloat16)),
+            rf"offset must be float32 .*, got bfloat16\[\] for {TAG}",
+        ),
+    ],
+    ids=["packed", "absmax", "offset"],
+)
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_target_that_contradicts_itself(monkeypatch, saved_once, target, mine, abstract):
+    target = target()
+    if abstract:
+        target = jax.eval_shape(lambda tree: tree, target)
+    monkeypatch.setattr(checkpoint, "_restore_args", lambda *args: pytest.fail("arrays were read"))
+    with pytest.raises(ValueError, match=f"^a.w: {mine}"):
+        checkpoint.restore(saved_once, target)
 
 
 @pytest.fixture(scope="module")

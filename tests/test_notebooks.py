@@ -41,11 +41,17 @@ def test_stored_outputs(path):
     assert not MACHINE_PATH.search(text), MACHINE_PATH.search(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["in /home/someone", '"/tmp/x"', "(/usr/lib)", "C:\\\\Users", "/root/.cache"]
-)
-def test_a_machine_path_is_seen(text):
-    assert MACHINE_PATH.search(text)
+FOLDERS = ["home", "root", "usr", "tmp", "opt", "work", "var", "Users", "mnt"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("context", ["{}", "in {}", '"{}"', "({})"])
+def test_a_machine_path_is_seen(context, folder):
+    assert MACHINE_PATH.search(context.format(f"/{folder}/x"))
+
+
+def test_a_drive_is_seen():
+    assert MACHINE_PATH.search("C:\\\\Users")
 
 
 @pytest.mark.heavy

@@ -123,6 +123,11 @@ class LlamaShardings:
         axes = (axes[0] if len(axes) == 1 else axes or None for axes in split)
         return NamedSharding(self.mesh, PartitionSpec(*lead, *axes))
 
+    @property
+    def batch(self) -> NamedSharding:
+        """Where a batch goes: its first axis over "data" and "fsdp"."""
+        return NamedSharding(self.mesh, PartitionSpec(self._known(("data", "fsdp")) or None))
+
     def _known(self, axes: _Axes) -> tuple[str, ...]:
         """Those that the mesh has."""
         names = (axes,) if isinstance(axes, str) else axes or ()

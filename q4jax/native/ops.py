@@ -128,7 +128,7 @@ def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array
 
 
 def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
-    """Double quantization of float32 scales, as `blockwise.finish` has it.
+    """Double quantization of float32 scales, as `blockwise.compress` has it.
 
     Args:
       absmax: float32, any shape, not empty.

@@ -59,7 +59,7 @@ def _kernel(
 def _scale(w: Array) -> tuple[Array, Array]:
     """[rows, size] -> the same divided by the largest magnitude of a row, and that, [rows].
 
-    As `blockwise.quantize` does it: magnitudes order as integers, NaN last; subnormal numbers
+    As `blockwise.quantize_flat` does it: magnitudes order as integers, NaN last; subnormal numbers
     count as zero; a row is multiplied by a reciprocal, unless that would be subnormal.
     """
     magnitude = lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF
