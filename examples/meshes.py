@@ -56,9 +56,8 @@ class Placement:
 
     def rows(self) -> int:
         """Into how many parts a batch is split."""
-        if self.rules is None:
-            return 1
-        return math.prod(self.rules.mesh.shape[axis] for axis in self.rules.batch.spec[0] or ())
+        shape = {} if self.rules is None else self.rules.mesh.shape
+        return shape.get("data", 1) * shape.get("fsdp", 1)
 
     def batch(self, tokens: np.ndarray) -> jax.Array:
         """int32 `[B, T]`, the same in every process; split where B allows it."""
