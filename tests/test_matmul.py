@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from random_arrays import normal
 
 import q4jax
 from q4jax import Params4bit
@@ -12,10 +13,6 @@ from q4jax import Params4bit
 DTYPES = ["float32", "bfloat16", "float16"]
 # (shape, blocksize): rows of blocks, more than one tile, then blocks that cross rows.
 LAYOUTS = [((96, 128), 64), ((1040, 64), 32), ((40, 72), 64), ((301, 31), 32), ((5, 64), 128)]
-
-
-def normal(seed, *shape, dtype="float32"):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def quantize(shape, blocksize=64, nested=True, quant_type="nf4"):

@@ -7,23 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from q4jax import Params4bit
 from q4jax.native import library, ops, status
 
 ISAS = status().available
 DTYPES = ["float32", "bfloat16", "float16"]
 in_use = pytest.mark.skipif(status().isa is None, reason=status().reason)
-
-
-def normal(seed, *shape, dtype="float32"):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
-
-@functools.cache
-def weight_of(shape, blocksize=64, nested=True, quant_type="nf4"):
-    """A weight made by XLA."""
-    w = normal(0, *shape)
-    return Params4bit.quantize(w, blocksize, nested, quant_type, implementation="xla")
 
 
 def in_every_isa(function, *args):

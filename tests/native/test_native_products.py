@@ -9,11 +9,10 @@ from kernels import (
     in_every_isa,
     in_use,
     linear,
-    normal,
     settings,
     transposed,
-    weight_of,
 )
+from random_arrays import decoded, normal, random_weight
 
 from q4jax.native import ops
 
@@ -39,10 +38,10 @@ ROWS = [1, 2, 3, 5, 8, 9, 12, 17, 40]
 def test_products(shape, blocksize, dtype):
     n, k = shape
     for i, m in enumerate(ROWS):
-        weight = weight_of(shape, blocksize, i % 2 == 0, ("nf4", "fp4")[i // 2 % 2])
+        weight = random_weight(shape, blocksize, i % 2 == 0, ("nf4", "fp4")[i // 2 % 2])
         x, g, bias = normal(1, m, k, dtype=dtype), normal(2, m, n, dtype=dtype), normal(3, n)
         bias = None if i % 3 == 0 else bias.astype(DTYPES[i % 3])
-        w = weight.dequantize(dtype, implementation="xla")
+        w = decoded(weight, dtype)
         for y in in_every_isa(linear(weight), x, *weight.arrays, bias):
             assert y.dtype == x.dtype
             assert_product(y, x, w, 0.0 if bias is None else bias)
@@ -57,8 +56,8 @@ def test_products(shape, blocksize, dtype):
 def test_the_weight_bit_for_bit(blocksize, quant_type, dtype):
     """Read out by one-hot rows, a few and many at a time, and by `dequantize`."""
     n, k = 5, 3 * blocksize
-    weight = weight_of((n, k), blocksize, True, quant_type)
-    w = np.asarray(weight.dequantize(dtype, implementation="xla"))
+    weight = random_weight((n, k), blocksize, True, quant_type)
+    w = decoded(weight, dtype)
     some = np.linspace(0, k - 1, 40).astype(int)
     one_hot = jnp.zeros((40, k), dtype).at[jnp.arange(40), some].set(1)
 
@@ -81,7 +80,7 @@ def test_the_weight_bit_for_bit(blocksize, quant_type, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_that_are_not_finite(dtype):
     """They reach every element of their block and nothing else."""
-    weight = weight_of((4, 128), 64, False)
+    weight = random_weight((4, 128), 64, False)
     all_ones = np.frombuffer(np.uint32(0x7FFFFFFF).tobytes(), np.float32)[0]  # a NaN
     absmax = np.array(weight.quant_state.absmax)
     absmax[0, 0], absmax[1, 1], absmax[2, 0] = all_ones, np.inf, 1e38
@@ -100,7 +99,7 @@ def test_scales_that_are_not_finite(dtype):
 
 
 def test_no_rows():
-    weight = weight_of((8, 64))
+    weight = random_weight((8, 64))
     for y in in_every_isa(linear(weight), jnp.zeros((0, 64)), *weight.arrays):
         assert y.shape == (0, 8)
     for dx in in_every_isa(transposed(weight), jnp.zeros((0, 8)), *weight.arrays):

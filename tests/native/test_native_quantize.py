@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from kernels import DTYPES, in_every_isa, in_use, normal
+from kernels import DTYPES, in_every_isa, in_use
+from random_arrays import normal
 from vectors import BLOCKSIZES, MANIFEST, decode, npz, under
 
 from q4jax import QuantSpec, blockwise

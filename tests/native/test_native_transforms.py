@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from kernels import assert_product, in_use, normal, weight_of
+from kernels import assert_product, in_use
+from random_arrays import normal, random_weight
 
 import q4jax
 from q4jax.native import implementation
@@ -21,12 +22,12 @@ def matmul(x, weight, bias=None):
 
 
 def test_named_and_preferred_agree():
-    weight, x = weight_of((96, 128)), normal(1, 3, 128)
+    weight, x = random_weight((96, 128)), normal(1, 3, 128)
     np.testing.assert_array_equal(matmul(x, weight), q4jax.matmul_4bit(x, weight))
 
 
 def test_gradients():
-    weight, x, bias = weight_of((96, 128)), normal(1, 5, 128), normal(2, 96)
+    weight, x, bias = random_weight((96, 128)), normal(1, 5, 128), normal(2, 96)
     y, vjp = jax.vjp(lambda x, b: matmul(x, weight, b), x, bias)
     dx, dbias = vjp(y)
     w = weight.dequantize(implementation="xla")
@@ -54,7 +55,7 @@ def test_vmap(batched):
 
 
 def test_scan_over_layers():
-    layers = [weight_of((64, 64)), weight_of((64, 64), 64, True, "nf4")]
+    layers = [random_weight((64, 64)), random_weight((64, 64), 64, True, "nf4")]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
     x = normal(1, 2, 64)
     last, _ = jax.lax.scan(lambda x, w: (matmul(x, w) / 8, None), x, stacked)
@@ -64,7 +65,7 @@ def test_scan_over_layers():
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_shard_map(check_vma):
-    weight, x = weight_of((96, 128)), normal(1, 4, 128)
+    weight, x = random_weight((96, 128)), normal(1, 4, 128)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.shard_map(
         lambda x: matmul(x, weight),
@@ -78,7 +79,7 @@ def test_shard_map(check_vma):
 
 def test_export_names_the_calls():
     """An exported program needs the kernels where it runs, which its maker has to say."""
-    weight, x = weight_of((96, 128)), normal(1, 3, 128)
+    weight, x = random_weight((96, 128)), normal(1, 3, 128)
     leaves, treedef = jax.tree.flatten(weight)
 
     def apply(x, leaves):
@@ -93,7 +94,7 @@ def test_export_names_the_calls():
 
 def test_calls_from_many_threads():
     """Each with a size of its own, so that none can be right by another's result."""
-    weight = weight_of((640, 1024), 64, False)
+    weight = random_weight((640, 1024), 64, False)
     w = weight.dequantize(implementation="xla")
     run = jax.jit(matmul)
     inputs = [normal(i, m, 1024) for i, m in enumerate((1, 4, 16, 33, 1, 4, 16, 33))]
@@ -107,7 +108,7 @@ def test_calls_from_many_threads():
 
 
 def test_what_is_not_served_is_left_to_xla():
-    flat = weight_of((24, 40))
+    flat = random_weight((24, 40))
     x = normal(1, 3, 40)
     with pytest.raises(NotImplementedError, match="'native' does not serve"):
         matmul(x, flat)
@@ -118,7 +119,7 @@ def test_the_table_decides(monkeypatch):
     monkeypatch.setattr(
         implementation, "_table", lambda: {"avx2": {"linear": {"float32": 4}}, "portable": {}}
     )
-    weight = weight_of((96, 128))
+    weight = random_weight((96, 128))
     spec = weight.quant_state.spec
     faster = implementation.where_faster
     if q4jax.native.status().isa == "avx2":

@@ -12,9 +12,9 @@ import numpy as np
 import oracle
 import pytest
 from matrix import cases
+from random_arrays import decoded, normal, random_weight
 
 import q4jax
-from q4jax import Params4bit, QuantSpec, QuantState, codebooks
 
 CASES = cases()
 # Interpreted kernels are large programs that run once: optimizing them takes longer than running.
@@ -26,29 +26,11 @@ def run(function, *args):
     return jax.jit(function).lower(*args).compile(QUICK)(*args)
 
 
-def normal(seed, *shape, dtype="float32"):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.standard_normal(shape, np.float32).astype(oracle.DTYPES[dtype]))
-
-
-def random_weight(case):
-    """Any codes with any scales, and what they stand for, as numpy has it."""
-    rng = np.random.default_rng(case.n + case.blocksize)
-    spec = QuantSpec.of((case.n, case.k), case.dtype, case.quant_type, case.blocksize, case.nested)
-    packed = rng.integers(0, 256, spec.packed_shape, np.uint8)
-    absmax = rng.random(spec.absmax_shape, np.float32)
-    arrays = (absmax, None, None)
-    if case.nested:
-        codes = rng.integers(0, 256, spec.absmax_shape, np.uint8)
-        nested = rng.random(-(-codes.size // 256), np.float32)
-        offset = 1 + rng.random((), np.float32)  # no scale is negative
-        arrays = (codes, nested, offset)
-        absmax = oracle.decode_scales(codes, nested, offset, codebooks.DYNAMIC_MAP)
-    expected = oracle.dequantize(
-        packed, absmax, case.quant_type, case.blocksize, spec.shape, case.dtype
-    )
-    on_device = [None if a is None else jnp.asarray(a) for a in arrays]
-    return Params4bit(jnp.asarray(packed), QuantState(*on_device, spec)), expected
+def weight_of(case):
+    """A weight, and what it stands for."""
+    shape = (case.n, case.k)
+    weight = random_weight(shape, case.blocksize, case.nested, case.quant_type, case.dtype)
+    return weight, decoded(weight)
 
 
 def f64(array):
@@ -83,13 +65,13 @@ def check_quantize(case):
 
 
 def check_dequantize(case):
-    weight, expected = random_weight(case)
+    weight, expected = weight_of(case)
     found = run(lambda weight: q4jax.dequantize_4bit(weight, **INTERPRET), weight)
     assert oracle.same_bits(found, expected)
 
 
 def check_linear(case):
-    weight, expected = random_weight(case)
+    weight, expected = weight_of(case)
     x = normal(1, case.m, case.k, dtype=case.dtype)
     bias = normal(2, case.n) if case.bias else None
     found = run(lambda *a: q4jax.matmul_4bit(*a[:2], bias=a[2], **INTERPRET), x, weight, bias)
@@ -97,7 +79,7 @@ def check_linear(case):
 
 
 def check_transposed(case):
-    weight, expected = random_weight(case)
+    weight, expected = weight_of(case)
     g = normal(1, case.m, case.n, dtype=case.dtype)
 
     def gradient(g, weight):
@@ -121,13 +103,17 @@ def test_size_of_the_matrix():
     assert {c.operation for c in CASES} == {"quantize", "dequantize", "linear", "transposed"}
 
 
-# The core suite takes every 16th of each operation, and all of them have the marker heavy.
-@pytest.mark.parametrize("case", CASES[::16], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES[:64], ids=lambda c: c.name)
 def test_sample(case):
     check(case)
 
 
+def pytest_generate_tests(metafunc):
+    if "heavy_case" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--kernel-calls")
+        metafunc.parametrize("heavy_case", CASES[64:count], ids=lambda c: c.name)
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("case", [c for i, c in enumerate(CASES) if i % 16], ids=lambda c: c.name)
-def test_matrix(case):
-    check(case)
+def test_matrix(heavy_case):
+    check(heavy_case)
