@@ -81,22 +81,23 @@ struct Neon {
 };
 
 // The 16 products of a block are computed and rounded once. A lookup is one byte shuffle for each
-// of their bytes; the bytes are then put together by interleaving.
+// of their bytes; the bytes are then put together by interleaving. Inlined, or GCC passes all of it
+// through memory.
 template <Dtype D>
 class Neon::Decoder {
  public:
   explicit Decoder(const float* code) : code_{load(code), load(code + 8)}, table_{} {}
 
   // The scale of the chunks that follow, or, in blocks of 32, the two of one chunk.
-  void scale(float scale) { table_[0] = table_[1] = products(scale); }
-  void scale(const float* scales, int64_t) {
+  __attribute__((always_inline)) void scale(float scale) { table_[0] = table_[1] = products(scale); }
+  __attribute__((always_inline)) void scale(const float* scales, int64_t) {
     table_[0] = products(scales[0]);
     table_[1] = products(scales[1]);
   }
 
   // Four vectors of a chunk: the weight, rounded to D.
   template <int Half>
-  void decode(Bytes bytes, V out[4]) const {
+  __attribute__((always_inline)) void decode(Bytes bytes, V out[4]) const {
     for (int i = 0; i < 2; ++i) {
       const uint8x16_t index =
           Half ? vandq_u8(bytes.half[i], vdupq_n_u8(15)) : vshrq_n_u8(bytes.half[i], 4);
@@ -123,7 +124,7 @@ class Neon::Decoder {
     uint8x16_t plane[D == Dtype::kFloat32 ? 4 : 2];
   };
 
-  Table products(float scale) const {
+  __attribute__((always_inline)) Table products(float scale) const {
     const V v[2] = {multiplied(code_[0], scale), multiplied(code_[1], scale)};
     if constexpr (D == Dtype::kFloat32) {
       const uint8x16_t a = vreinterpretq_u8_f32(v[0].low), b = vreinterpretq_u8_f32(v[0].high);
@@ -149,15 +150,14 @@ class Neon::Decoder {
 
   static uint16x8_t rounded(V v) {
     if constexpr (D == Dtype::kFloat16) return to_half(v);
-    const uint16x8_t low = vreinterpretq_u16_u32(rounded(v.low));
-    return vuzp2q_u16(low, vreinterpretq_u16_u32(rounded(v.high)));
+    const uint32x4_t low = vreinterpretq_u32_f32(v.low), high = vreinterpretq_u32_f32(v.high);
+    return vaddhn_high_u32(vaddhn_u32(low, carry(low)), high, carry(high));
   }
 
-  // To bfloat16, nearest even, in the upper 16 bits. A NaN here has no low bits that could carry.
-  static uint32x4_t rounded(float32x4_t v) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(v);
-    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    return vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+  // Added to float32, it rounds the upper 16 bits to nearest even: 0x7fff, and 1 if they are odd.
+  // A NaN here has no low bits that could carry.
+  static uint32x4_t carry(uint32x4_t bits) {
+    return vsubq_u32(vdupq_n_u32(0x7fff), vtstq_u32(bits, vdupq_n_u32(0x10000)));
   }
 
   V code_[2];
