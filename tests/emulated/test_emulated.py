@@ -17,7 +17,7 @@ from program import build, compiler
 
 from q4jax import QuantSpec, blockwise, codebooks
 
-MACHINES = {"neon": (Arm, "neon"), "portable-on-aarch64": (Arm, "portable")}
+MACHINES = {"aarch64-neon": (Arm, "neon"), "aarch64-portable": (Arm, "portable")}
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
