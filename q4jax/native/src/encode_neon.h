@@ -15,7 +15,8 @@ class NeonEncoder {
     uint8_t descending[16];
     for (int i = 0; i < 16; ++i) descending[i] = codes[15 - i];
     third_ = vreinterpretq_u8_f32(vld1q_f32(third));
-    fourth_ = {{vreinterpretq_u8_f32(vld1q_f32(fourth)), vreinterpretq_u8_f32(vld1q_f32(fourth + 4))}};
+    fourth_.val[0] = vreinterpretq_u8_f32(vld1q_f32(fourth));
+    fourth_.val[1] = vreinterpretq_u8_f32(vld1q_f32(fourth + 4));
     codes_ = vld1q_u8(descending);
   }
 

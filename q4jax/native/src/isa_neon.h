@@ -89,7 +89,9 @@ class Neon::Decoder {
   explicit Decoder(const float* code) : code_{load(code), load(code + 8)}, table_{} {}
 
   // The scale of the chunks that follow, or, in blocks of 32, the two of one chunk.
-  __attribute__((always_inline)) void scale(float scale) { table_[0] = table_[1] = products(scale); }
+  __attribute__((always_inline)) void scale(float scale) {
+    table_[0] = table_[1] = products(scale);
+  }
   __attribute__((always_inline)) void scale(const float* scales, int64_t) {
     table_[0] = products(scales[0]);
     table_[1] = products(scales[1]);
