@@ -1,7 +1,7 @@
 """Builds the CPU kernels where that is possible; pyproject.toml says the rest.
 
-They are one plain shared library, which no Python version is tied to, on x86-64 Linux. Without a
-compiler, or without XLA's headers (jaxlib has them), the package is installed without it.
+They are one plain shared library, which no Python version is tied to, on x86-64 and aarch64 Linux.
+Without a compiler, or without XLA's headers (jaxlib has them), the package is installed without it.
 """
 
 import importlib.util
@@ -26,7 +26,8 @@ def headers():
 
 def extensions():
     """The library, or nothing where it cannot be built."""
-    if sys.platform != "linux" or platform.machine() != "x86_64" or headers() is None:
+    served = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    if not served or headers() is None:
         return []
     return [
         Extension(

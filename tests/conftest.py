@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-for folder in ("", "pallas", "gpu", "native", "distributed", "../benchmarks"):
+for folder in ("", "pallas", "gpu", "native", "emulated", "distributed", "../benchmarks"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # Changes Triton for all that imports it; for processes of its own.

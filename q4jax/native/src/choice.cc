@@ -32,6 +32,8 @@ bool has_avx2() {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", &kAvx2, has_avx2},
+#elif defined(__aarch64__)
+    {"neon", &kNeon, always},
 #endif
     {"portable", &kPortable, always},
 };

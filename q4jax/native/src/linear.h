@@ -47,8 +47,12 @@ class Linear {
     return p.bias ? read(p.bias_dtype, p.bias, n) : 0.0f;
   }
 
-  // Sums per row of x, so that consecutive additions do not wait for each other.
-  static constexpr int sums(int m) { return m <= 2 ? 4 : m <= 5 ? 2 : 1; }
+  // Sums per row of x, so that consecutive additions do not wait for each other. A V of several
+  // registers is several sums already.
+  static constexpr int sums(int m) {
+    constexpr int registers = sizeof(V) / alignof(V);
+    return int(larger((m <= 2 ? 4 : m <= 5 ? 2 : 1) / registers, 1));
+  }
 
   // x is laid out as [pass][chunk][row of the pass][kChunk], in the order of decoded chunks.
   static void dots(const Product& p, Pool& pool) {

@@ -23,6 +23,16 @@ class FlushSubnormals {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+ public:
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(saved_ | uint64_t{1} << 24));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 
@@ -83,6 +93,8 @@ void run_tasks(Pool& pool, int64_t count, void (*task)(const void*, int64_t), co
   for (int spin = 0; spin < 2000 && !job->complete(); ++spin) {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
   }
   std::unique_lock<std::mutex> lock(job->mutex);
