@@ -74,7 +74,9 @@ def abstract(config: LlamaConfig, rules: LlamaShardings) -> tuple[Llama, nnx.Opt
     return rules.place(model), rules.place(optimizer)
 
 
-def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+def train_step(
+    model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array, rules: LlamaShardings
+) -> jax.Array:
     """One step of fine-tuning, as `examples/finetune.py` does it."""
 
     def loss(model: Llama) -> jax.Array:
@@ -83,6 +85,8 @@ def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax
 
     value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     optimizer.update(model, grads)
+    rules.place(model, nnx.LoRAParam)
+    rules.place(optimizer)
     return value
 
 
@@ -98,7 +102,13 @@ def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
     quantized = weights / 2 + weights / BLOCKSIZE
     nested = 4 * weights / BLOCKSIZE / 256
     dense = 2 * 2 * config.vocab_size * h  # the embedding and the head
-    adapters = layers * sum(RANK * (n + k) for n, k in matrices)
+    # The outputs of column-parallel layers' adapters are split, as the layers', and the inputs of
+    # those of the two row-parallel ones.
+    rows = (3, 6)
+    adapters = layers * sum(
+        RANK * (n + k / tensor if i in rows else n / tensor + k)
+        for i, (n, k) in enumerate(matrices)
+    )
     stored = (quantized + dense) / (fsdp * tensor) + nested + 12 * adapters
     # Codes and scales: for the forward pass, and once for both halves of the backward pass. The
     # head once; the compiler for CPUs moves it, and activations, in float32.
@@ -124,8 +134,8 @@ def measure(name: str, devices: int) -> dict[str, Any]:
     batch = sizes.get("data", 1) * sizes["fsdp"]
     tokens = jax.ShapeDtypeStruct((batch, LENGTH + 1), jnp.int32, sharding=rules.batch)
     began = time.perf_counter()
-    step = nnx.jit(train_step, donate_argnums=(0, 1))
-    compiled = step.lower(model, optimizer, tokens).compile()
+    step = nnx.jit(train_step, donate_argnums=(0, 1), static_argnames="rules")
+    compiled = step.lower(model, optimizer, tokens, rules=rules).compile()
     memory = compiled.memory_analysis()
     moved: dict[str, int] = {}
     for collective in collectives(compiled.as_text()):

@@ -129,12 +129,16 @@ def cross_entropy(model: Llama, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-@nnx.jit
-def train_step(model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+@nnx.jit(static_argnames="on")
+def train_step(
+    model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array, on: Placement
+) -> jax.Array:
     """One update of the adapters; returns the loss before it."""
     adapters = nnx.DiffState(0, nnx.LoRAParam)
     loss, grads = nnx.value_and_grad(cross_entropy, argnums=adapters)(model, tokens)
     optimizer.update(model, grads)
+    on.place(model, nnx.LoRAParam)  # still: elsewhere, the next step would be another program
+    on.place(optimizer)
     return loss
 
 
@@ -209,7 +213,7 @@ def train(
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             batch = runs.batch(tokens, settings["seed"], step, *shape)
-            loss = float(train_step(model, optimizer, on.batch(batch)))
+            loss = float(train_step(model, optimizer, on.batch(batch), on=on))
             speed = math.prod(shape) / (time.perf_counter() - began)
             run.log(step=step, loss=loss)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from q4jax.models import LlamaShardings
@@ -50,9 +51,9 @@ class Placement:
         mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
         self.rules = LlamaShardings(mesh, blocksize=blocksize)
 
-    def place(self, tree: M) -> M:
+    def place(self, tree: M, wrt: nnx.filterlib.Filter = ...) -> M:
         """A model or its optimizer, arrays or abstract, where it belongs."""
-        return tree if self.rules is None else self.rules.place(tree)
+        return tree if self.rules is None else self.rules.place(tree, wrt)
 
     def rows(self) -> int:
         """Into how many parts a batch is split."""

@@ -32,7 +32,7 @@ _MODULES: dict[str, tuple[_Axes, _Axes]] = {
     "shared_expert_gate": (None, None),
 }
 _MATRICES = ("packed", "absmax", "embedding", "kernel")
-_REPLICATED = ("scale", "bias", "nested_absmax", "offset", "lora_a", "lora_b")
+_REPLICATED = ("scale", "bias", "nested_absmax", "offset")
 # Between a module and the arrays of its weight, where it is in 4 bits or has adapters.
 _INNER = ("weight", "quant_state", "base")
 M = TypeVar("M")
@@ -48,8 +48,9 @@ class LlamaShardings:
     round; the embedding has its vocabulary over both. Inputs are split between blocks: where
     "fsdp" or "tensor" does not divide their number, it splits the outputs as well. The codes of a
     4-bit weight are split as its scales, and as the kernel before it is quantized. Experts are over
-    "expert". Double quantization's own scales, norms, biases, routers and adapters are
-    replicated, everything is over "data", and the axis of layers is not split.
+    "expert". An adapter has its layer's outputs or inputs over "tensor" where the layer has, which
+    is where a step of training would put it. Double quantization's own scales, norms, biases and
+    routers are replicated, everything is over "data", and the axis of layers is not split.
 
     Args:
       mesh: its axes are among "data", "fsdp", "tensor" and "expert", in any order, and of the type
@@ -93,6 +94,8 @@ class LlamaShardings:
         module = path[-1] if path else ""
         if leaf in _REPLICATED:
             return NamedSharding(self.mesh, PartitionSpec())
+        if leaf in ("lora_a", "lora_b") and module in _MODULES:
+            return self._adapter(leaf == "lora_b", module, array)
         if leaf not in _MATRICES or module not in _MODULES:
             raise ValueError(f"{name} is no variable of a Llama: LlamaShardings has no rule for it")
         lead: tuple[str | None, ...] = (None,) * ("layers" in path)
@@ -128,6 +131,16 @@ class LlamaShardings:
         """Where a batch goes: its first axis over "data" and "fsdp"."""
         return NamedSharding(self.mesh, PartitionSpec(self._known(("data", "fsdp")) or None))
 
+    def _adapter(self, second: bool, module: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
+        """Of the factor [..., in, rank], or of the second one, [..., rank, out]."""
+        # The first factor of a layer that reads split features adds to the layer's own sum; the
+        # second one of a layer that computes some of its outputs does for the same outputs.
+        axes = self._known("tensor") if _MODULES[module] == (_COLUMN if second else _ROW) else ()
+        axis = array.ndim - 1 - (not second)
+        if not axes or array.shape[axis] % self._size(axes):
+            return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, *axes))
+
     def _known(self, axes: _Axes) -> tuple[str, ...]:
         """Those that the mesh has."""
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -136,17 +149,21 @@ class LlamaShardings:
     def _size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def place(self, tree: M) -> M:
+    def place(self, tree: M, wrt: nnx.filterlib.Filter = ...) -> M:
         """Moves the variables of a Llama, or of its optimizer, to where the rules put them.
+
+        In a jitted step of training, after the update, it keeps what was updated there: the
+        compiler may put results elsewhere, and the next step would be another program.
 
         Args:
           tree: an nnx module; its variables are replaced in place, one after the other. An abstract
             one, of `jax.ShapeDtypeStruct`s, is told where they belong.
+          wrt: which of them, as `nnx.state` takes it: `nnx.LoRAParam` for a model's adapters.
 
         Returns:
           The same module.
         """
-        for path, variable in nnx.to_flat_state(nnx.state(tree)):
+        for path, variable in nnx.to_flat_state(nnx.state(tree, wrt)):
             array = variable.get_value()
             if array.ndim:
                 sharding = self(".".join(map(str, path)), array)
@@ -154,6 +171,8 @@ class LlamaShardings:
                 sharding = NamedSharding(self.mesh, PartitionSpec())
             if isinstance(array, jax.ShapeDtypeStruct):
                 moved = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            elif isinstance(array, jax.core.Tracer):
+                moved = jax.lax.with_sharding_constraint(array, sharding)
             else:
                 moved = jax.device_put(array, sharding)
             placed = variable.replace(moved)

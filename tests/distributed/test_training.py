@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from cases import mesh_of
+from collectives import collectives  # on the path by tests/conftest.py
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -55,14 +56,17 @@ def make(mesh=None):
     return model, optimizer
 
 
-@nnx.jit
-def step(model, optimizer, tokens):
+@nnx.jit(static_argnames="rules")
+def step(model, optimizer, tokens, rules=None):
     def loss(model):
         logits = model(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     optimizer.update(model, grads)
+    if rules is not None:
+        rules.place(model, nnx.LoRAParam)
+        rules.place(optimizer)
     return value
 
 
@@ -76,9 +80,12 @@ def place(tokens, mesh=None):
 
 
 def train(model, optimizer, mesh=None):
-    """The losses of all steps."""
+    """The losses of all steps, and the program of a step: one, so that nothing moves in between."""
     batches = [place(tokens, mesh) for tokens in TOKENS]
-    return [float(step(model, optimizer, batches[n % len(TOKENS)])) for n in range(STEPS)]
+    rules = mesh and LlamaShardings(mesh, blocksize=32)
+    program = step.lower(model, optimizer, batches[0], rules=rules).compile()
+    losses = [float(program(model, optimizer, batches[n % len(TOKENS)])) for n in range(STEPS)]
+    return losses, program
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +93,13 @@ def alone():
     """The losses of one device, and the codes before training."""
     model, optimizer = make()
     digest = q4jax.fingerprint(model)
-    losses = train(model, optimizer)
+    losses, _ = train(model, optimizer)
     assert losses[-1] < losses[0] - 0.1, "it does not learn"
     return losses, digest
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_losses_are_those_of_one_device(sizes, alone, moved):
+def test_losses_are_those_of_one_device(sizes, alone):
     losses, digest = alone
     mesh = mesh_of(**sizes)
     model, optimizer = make(mesh)
@@ -100,17 +107,16 @@ def test_losses_are_those_of_one_device(sizes, alone, moved):
     packed = model.layers.mlp.down_proj.base.weight.packed[...]
     split = int(np.prod([sizes.get(axis, 1) for axis in ("fsdp", "tensor")]))
     assert packed.addressable_shards[0].data.size * split == packed.size
-    np.testing.assert_allclose(train(model, optimizer, mesh), losses, rtol=0, atol=1e-4)
+    found, program = train(model, optimizer, mesh)
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-4)
     assert q4jax.fingerprint(model) == digest
     for variable in jax.tree.leaves(nnx.state(model, q4jax.frozen.Frozen4bit)):
         assert variable.sharding.mesh == mesh, "still where it was"
 
-    if MESHES.index(sizes) >= 5:
-        return  # compiling it once more is most of the time
-    collectives = moved(step, model, optimizer, place(TOKENS[0], mesh))
+    moved = collectives(program.as_text())
     widths = (CONFIG.hidden_size, CONFIG.intermediate_size, 6 * 32)
     parts = {width // d for width in widths for d in (1, 2, 3, 4, 6, 8)}
-    weights = [c for c in collectives if c.is_float and set(c.shape[-2:]) <= parts]
+    weights = [c for c in moved if c.is_float and set(c.shape[-2:]) <= parts]
     assert not [c for c in weights if len(c.shape) >= 2], "a float weight moves"
-    gathers = [c for c in collectives if c.kind == "all-gather" and c.dtype == "u8"]
+    gathers = [c for c in moved if c.kind == "all-gather" and c.dtype == "u8"]
     assert bool(gathers) == ("fsdp" in sizes)
