@@ -158,11 +158,12 @@ class Linear {
   __attribute__((always_inline)) static void half_chunk(const Decoder& decoder,
                                                         typename I::Bytes bytes, const float* x,
                                                         V (&sum)[M][S]) {
-    V weight[4];
+    constexpr int kHalf = kVectors<I> / 2;
+    V weight[kHalf];
     decoder.template decode<Half>(bytes, weight);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHalf; ++r) {
       for (int m = 0; m < M; ++m) {
-        V& to = sum[m][r % S];
+        V& to = sum[m][(Half * kHalf + r) % S];
         to = I::fma(weight[r], I::load(x + m * I::kChunk + r * I::kLanes), to);
       }
     }
@@ -220,11 +221,10 @@ class Linear {
         for (int64_t c = c0; c < c1; c += 128 / I::kChunk) I::prefetch(ahead + c * I::kChunk / 2);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) {
-                     V v[8];
-                     decoder.template decode<0>(bytes, v);
-                     decoder.template decode<1>(bytes, v + 4);
+                     V v[kVectors<I>];
+                     decode_chunk<I>(decoder, bytes, v);
                      float* at = out + (c - c0) * I::kChunk;
-                     for (int r = 0; r < 8; ++r) I::store(at + r * I::kLanes, v[r]);
+                     for (int r = 0; r < kVectors<I>; ++r) I::store(at + r * I::kLanes, v[r]);
                    });
       }
       for (int64_t panel = 0; panel < count; ++panel) {
