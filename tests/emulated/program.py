@@ -18,6 +18,7 @@ FLAGS = [
     *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-threadsafe-statics"),
     "-fno-asynchronous-unwind-tables",
 ]
+BASES = {"avx512_bf16": ["avx512"]}  # whose kernels it uses, too
 LINK = ["-nostdlib", "-static", "-Wl,--entry=linear", "-Wl,--build-id=none"]
 
 
@@ -51,11 +52,13 @@ def build(architecture, isa, folder):
     """The kernels `isa`, "neon" for one, as a program."""
     folder = pathlib.Path(folder)
     command = compiler(architecture)
-    kernels, program = (str(folder / f"{isa}-{part}.o") for part in ("kernels", "program"))
-    run(*command, *FLAGS, "-c", str(SOURCES / f"kernels_{isa}.cc"), "-o", kernels)
-    more = ["-ffreestanding", f"-DKERNELS=k{isa.capitalize()}", f"-I{SOURCES}"]
-    run(*command, *FLAGS, *more, "-c", str(PROGRAM), "-o", program)
-    run(*command, *LINK, kernels, program, "-o", str(folder / isa))
+    objects = [str(folder / "program.o")]
+    more = ["-ffreestanding", f"-DKERNELS=k{isa.title().replace('_', '')}", f"-I{SOURCES}"]
+    run(*command, *FLAGS, *more, "-c", str(PROGRAM), "-o", objects[0])
+    for name in (isa, *BASES.get(isa, ())):
+        objects.append(str(folder / f"{name}.o"))
+        run(*command, *FLAGS, "-c", str(SOURCES / f"kernels_{name}.cc"), "-o", objects[-1])
+    run(*command, *LINK, *objects, "-o", str(folder / isa))
     return read((folder / isa).read_bytes())
 
 

@@ -11,13 +11,17 @@ import numpy as np
 import oracle
 import pytest
 from kernels import assert_product
-from machine import Arm, Fault
+from machine import Arm, Fault, SapphireRapids, SkylakeX
 from operations import DTYPES, Operations, weight_arguments
 from program import build, compiler
 
 from q4jax import QuantSpec, blockwise, codebooks
 
-MACHINES = {"aarch64-portable": (Arm, "portable")}
+MACHINES = {
+    "aarch64-portable": (Arm, "portable"),
+    "x86_64-avx512": (SkylakeX, "avx512"),
+    "x86_64-avx512_bf16": (SapphireRapids, "avx512_bf16"),
+}
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 

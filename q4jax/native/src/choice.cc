@@ -30,11 +30,13 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", &kAvx512Bf16, has_avx512_bf16},
     {"avx512", &kAvx512, has_avx512},
     {"avx2", &kAvx2, has_avx2},
 #endif
