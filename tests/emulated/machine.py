@@ -4,6 +4,7 @@ import abc
 import ctypes
 import importlib.util
 import mmap
+import multiprocessing
 import pathlib
 import shutil
 import struct
@@ -168,16 +169,11 @@ def choose(model):
 
 
 class X86(Machine):
-    """x86-64 on Bochs: long mode in ring 0, with page tables that map addresses to themselves."""
+    """x86-64: `Bochs` in a process of its own, which cannot have two."""
 
     architecture = "x86_64"
     package = "bochscpu"
     model: int  # the processor's number among those of Bochs
-
-    PAGES = (2 << 30) // PAGE  # that addresses of a program may lie in
-    TABLES = PAGES * PAGE  # where their page tables are
-    ENTRIES = TABLES + 4 * PAGE  # the last level of these, in one piece
-    PRESENT = 3  # and writable
 
     @classmethod
     def missing(cls):
@@ -191,7 +187,70 @@ class X86(Machine):
         return None
 
     def __init__(self):
-        self._bochs = bochscpu = choose(self.model)
+        processes = multiprocessing.get_context("spawn")
+        self._connection, other = processes.Pipe()
+        processes.Process(target=serve, args=(other, self.model), daemon=True).start()
+        other.close()
+
+    def _ask(self, *request):
+        self._connection.send(request)
+        answer = self._connection.recv()
+        if isinstance(answer, Fault):
+            raise answer
+        return answer
+
+    def map(self, address, size):
+        self._ask("map", address, size)
+
+    def unmap(self, address, size):
+        self._ask("unmap", address, size)
+
+    def write(self, address, data):
+        self._ask("write", address, bytes(data))
+
+    def read(self, address, size):
+        return self._ask("read", address, size)
+
+    def call(self, function, *integers):
+        self._ask("call", function, *integers)
+
+
+class SkylakeX(X86):
+    """With the AVX-512 of the first processors that had it."""
+
+    model = 26
+
+
+class SapphireRapids(X86):
+    """With BF16 among what was added since."""
+
+    model = 30
+
+
+def serve(connection, model):
+    """Does what an `X86` asks for, until that is gone."""
+    machine = Bochs(model)
+    while True:
+        try:
+            method, *arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(getattr(machine, method)(*arguments))
+        except Fault as fault:
+            connection.send(fault)
+
+
+class Bochs(Machine):
+    """Long mode in ring 0, with page tables that map addresses to themselves."""
+
+    PAGES = (2 << 30) // PAGE  # that addresses of a program may lie in
+    TABLES = PAGES * PAGE  # where their page tables are
+    ENTRIES = TABLES + 4 * PAGE  # the last level of these, in one piece
+    PRESENT = 3  # and writable
+
+    def __init__(self, model):
+        self._bochs = bochscpu = choose(model)
         self._session = bochscpu.Session()
         self._session.missing_page_handler = self._missing
         self._memory = mmap.mmap(-1, self.ENTRIES + 8 * self.PAGES, flags=mmap.MAP_PRIVATE)
@@ -265,15 +324,3 @@ class X86(Machine):
 
     def _missing(self, address):
         raise Fault(f"no memory at {address:#x}")
-
-
-class SkylakeX(X86):
-    """With the AVX-512 of the first processors that had it."""
-
-    model = 26
-
-
-class SapphireRapids(X86):
-    """With BF16 among what was added since."""
-
-    model = 30
