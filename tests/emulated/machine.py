@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import mmap
 import multiprocessing
+import os
 import pathlib
 import shutil
 import struct
@@ -175,17 +176,6 @@ class X86(Machine):
     package = "bochscpu"
     model: int  # the processor's number among those of Bochs
 
-    @classmethod
-    def missing(cls):
-        """Why it cannot run here, or None."""
-        if (reason := super().missing()) is not None:
-            return reason
-        try:
-            choose(cls.model)
-        except (ImportError, AttributeError, OSError, subprocess.CalledProcessError) as error:
-            return f"{cls.package} is not what is expected: {error}"
-        return None
-
     def __init__(self):
         processes = multiprocessing.get_context("spawn")
         self._connection, other = processes.Pipe()
@@ -234,7 +224,7 @@ def serve(connection, model):
         try:
             method, *arguments = connection.recv()
         except EOFError:
-            return
+            os._exit(0)  # else the package lists objects that it takes for leaked
         try:
             connection.send(getattr(machine, method)(*arguments))
         except Fault as fault:

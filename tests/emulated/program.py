@@ -50,15 +50,17 @@ def compiler(architecture):
 
 def build(architecture, isa, folder):
     """The kernels `isa`, "neon" for one, as a program."""
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder, architecture)
+    folder.mkdir(exist_ok=True)
     command = compiler(architecture)
-    objects = [str(folder / "program.o")]
+    objects = [folder / f"{isa}-program.o"]
     more = ["-ffreestanding", f"-DKERNELS=k{isa.title().replace('_', '')}", f"-I{SOURCES}"]
-    run(*command, *FLAGS, *more, "-c", str(PROGRAM), "-o", objects[0])
+    run(*command, *FLAGS, *more, "-c", PROGRAM, "-o", objects[0])
     for name in (isa, *BASES.get(isa, ())):
-        objects.append(str(folder / f"{name}.o"))
-        run(*command, *FLAGS, "-c", str(SOURCES / f"kernels_{name}.cc"), "-o", objects[-1])
-    run(*command, *LINK, *objects, "-o", str(folder / isa))
+        objects.append(folder / f"{name}.o")
+        if not objects[-1].exists():
+            run(*command, *FLAGS, "-c", SOURCES / f"kernels_{name}.cc", "-o", objects[-1])
+    run(*command, *LINK, *objects, "-o", folder / isa)
     return read((folder / isa).read_bytes())
 
 
