@@ -9,10 +9,11 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {};
 
-// A word is two bfloat16 numbers: what two consecutive vectors have in a lane.
+// A word is the bits of two bfloat16 numbers: what two consecutive vectors have in a lane.
 struct Pairs {
   using V = Avx512::V;
   static constexpr int kWords = Avx512::kChunk / 2;
+
   static float word(const float* chunk, int i) {
     const int position = i / Avx512::kLanes * 2 * Avx512::kLanes + i % Avx512::kLanes;
     const float low = chunk[Avx512::element(position)];

@@ -39,9 +39,10 @@ class Linear {
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
   static constexpr int64_t kCached = 256 * 1024;  // bytes of x that stay in the second cache
   using Factors = typename FactorsOf<I, D>::Type;
-  static constexpr int64_t kDepth = Tile<I, Factors>::kDepth;
-  static constexpr int64_t kWidth = Tile<I, Factors>::kWidth;
+  using Tiles = Tile<I, Factors>;
   static constexpr int64_t kWords = Factors::kWords;
+  static constexpr int64_t kDepth = Tiles::kDepth;
+  static constexpr int64_t kWidth = Tiles::kWidth;
   static constexpr int64_t kAhead = 4;             // rows whose codes are fetched meanwhile
   static constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // rows; multiples of I::kRows
 
@@ -232,9 +233,9 @@ class Linear {
       for (int64_t panel = 0; panel < count; ++panel) {
         const float* b = x + (panel * padded + c0 * kWords) * kWidth;
         for (int64_t r = 0; r < end - begin; r += I::kRows) {
-          Tile<I, Factors>::template add<false>(smaller(I::kRows, end - begin - r),
-                                       weight.floats() + r * kDepth, b, (c1 - c0) * kWords,
-                                       y.floats() + (panel * size + r) * kWidth, c0 == 0);
+          Tiles::template add<false>(smaller(I::kRows, end - begin - r),
+                                     weight.floats() + r * kDepth, b, (c1 - c0) * kWords,
+                                     y.floats() + (panel * size + r) * kWidth, c0 == 0);
         }
       }
     }

@@ -6,21 +6,22 @@
 namespace q4jax {
 namespace {
 
-// The factors of a tile product: words of 32 bits, each of them one float32 here.
+// The factors of a tile product lie in words of 32 bits; here one float32 is one word.
 template <class I>
 struct Floats {
   using V = typename I::V;
   static constexpr int kWords = I::kChunk;  // of a chunk
-  // Word i, of the elements in their own order.
+
+  // Word i of a chunk whose elements are in their own order.
   static float word(const float* chunk, int i) { return chunk[I::element(i)]; }
-  // All words, of a decoded chunk.
+  // All words of a decoded chunk.
   static void store(float* words, const V* v) {
     for (int r = 0; r < kVectors<I>; ++r) I::store(words + r * I::kLanes, v[r]);
   }
   static V fma(V a, V b, V c) { return I::fma(a, b, c); }
 };
 
-// For another way that an instruction set has for a dtype.
+// To be specialized where an instruction set has other factors for a dtype.
 template <class I, Dtype D>
 struct FactorsOf {
   using Type = Floats<I>;
