@@ -84,7 +84,7 @@ class Avx512::Decoder {
 
   // Two vectors of a chunk: the weight, rounded to D. The even element of a byte is the high one.
   template <int Half>
-  void decode(Bytes bytes, V out[2]) const {
+  __attribute__((always_inline)) void decode(Bytes bytes, V out[2]) const {
     out[0] = value(_mm512_srli_epi32(bytes, 8 * Half + 4));
     out[1] = value(Half ? _mm512_srli_epi32(bytes, 8) : bytes);
   }
