@@ -32,8 +32,8 @@ class Status(NamedTuple):
     """What of the CPU kernels is in use.
 
     Attributes:
-      isa: the instruction set that the kernels use, "avx2", "neon" or "portable"; None: they are
-        not used.
+      isa: the instruction set that the kernels use, "avx512_bf16", "avx512", "avx2", "neon" or
+        "portable"; None: they are not used.
       reason: why.
       available: the instruction sets of this machine that they were built for, best first.
     """

@@ -18,6 +18,7 @@ FLAGS = [
     *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-threadsafe-statics"),
     "-fno-asynchronous-unwind-tables",
 ]
+BASES = {"avx512_bf16": ["avx512"]}  # whose kernels it uses, too
 LINK = ["-nostdlib", "-static", "-Wl,--entry=linear", "-Wl,--build-id=none"]
 
 
@@ -49,13 +50,17 @@ def compiler(architecture):
 
 def build(architecture, isa, folder):
     """The kernels `isa`, "neon" for one, as a program."""
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder, architecture)
+    folder.mkdir(exist_ok=True)
     command = compiler(architecture)
-    kernels, program = (str(folder / f"{isa}-{part}.o") for part in ("kernels", "program"))
-    run(*command, *FLAGS, "-c", str(SOURCES / f"kernels_{isa}.cc"), "-o", kernels)
-    more = ["-ffreestanding", f"-DKERNELS=k{isa.capitalize()}", f"-I{SOURCES}"]
-    run(*command, *FLAGS, *more, "-c", str(PROGRAM), "-o", program)
-    run(*command, *LINK, kernels, program, "-o", str(folder / isa))
+    objects = [folder / f"{isa}-program.o"]
+    more = ["-ffreestanding", f"-DKERNELS=k{isa.title().replace('_', '')}", f"-I{SOURCES}"]
+    run(*command, *FLAGS, *more, "-c", PROGRAM, "-o", objects[0])
+    for name in (isa, *BASES.get(isa, ())):
+        objects.append(folder / f"{name}.o")
+        if not objects[-1].exists():
+            run(*command, *FLAGS, "-c", SOURCES / f"kernels_{name}.cc", "-o", objects[-1])
+    run(*command, *LINK, *objects, "-o", folder / isa)
     return read((folder / isa).read_bytes())
 
 

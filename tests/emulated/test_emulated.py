@@ -11,25 +11,36 @@ import numpy as np
 import oracle
 import pytest
 from kernels import assert_product
-from machine import Arm, Fault
+from machine import Arm, Fault, SapphireRapids, SkylakeX
 from operations import DTYPES, Operations, weight_arguments
 from program import build, compiler
 
 from q4jax import QuantSpec, blockwise, codebooks
 
-MACHINES = {"aarch64-neon": (Arm, "neon"), "aarch64-portable": (Arm, "portable")}
+MACHINES = {
+    "aarch64-neon": (Arm, "neon"),
+    "aarch64-portable": (Arm, "portable"),
+    "x86_64-avx512": (SkylakeX, "avx512"),
+    "x86_64-avx512_bf16": (SapphireRapids, "avx512_bf16"),
+}
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Where they are built; they share what they have in common."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture(scope="module", params=MACHINES)
-def operations(request, tmp_path_factory):
+def operations(request, programs):
     machine, isa = MACHINES[request.param]
     missing = machine.missing()
     if missing is None and compiler(machine.architecture) is None:
         missing = f"there is no compiler for {machine.architecture}"
     if missing is not None:
         pytest.skip(missing)
-    program = build(machine.architecture, isa, tmp_path_factory.mktemp(request.param))
+    program = build(machine.architecture, isa, programs)
     return Operations(machine(), program)
 
 
@@ -219,3 +230,16 @@ def test_what_the_emulator_finds(operations, rng):
         with pytest.raises(Fault):
             operations.linear(x, smaller)
     assert np.isfinite(operations.linear(x, weight)).all()
+
+
+def test_only_large_products_in_bfloat16_need_bf16(programs, rng):
+    """The processor without it raises where they begin."""
+    if (missing := SkylakeX.missing()) is not None or compiler("x86_64") is None:
+        pytest.skip(missing or "there is no compiler for x86_64")
+    operations = Operations(SkylakeX(), build("x86_64", "avx512_bf16", programs))
+    weight, packed, scales = random_weight(rng, 17, 64, 64)
+    for m, dtype in [(8, "bfloat16"), (9, "float32"), (9, "float16")]:
+        x = random(rng, dtype, m, 64)
+        assert_product(operations.linear(x, weight), x, decoded(packed, scales, weight, dtype))
+    with pytest.raises(Fault, match="exception 6"):
+        operations.linear(random(rng, "bfloat16", 9, 64), weight)

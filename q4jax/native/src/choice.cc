@@ -26,11 +26,18 @@ bool has_avx2() {
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", &kAvx512Bf16, has_avx512_bf16},
+    {"avx512", &kAvx512, has_avx512},
     {"avx2", &kAvx2, has_avx2},
 #elif defined(__aarch64__)
     {"neon", &kNeon, always},

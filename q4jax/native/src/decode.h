@@ -42,6 +42,17 @@ inline void row_scales(const Weight& w, const Chunks<I>& chunks, int64_t n, int6
   for (int64_t i = present; i < count; ++i) out[i] = 0;
 }
 
+// Of a decoded chunk.
+template <class I>
+constexpr int kVectors = I::kChunk / I::kLanes;
+
+template <class I, class D>
+inline void decode_chunk(const D& decoder, typename I::Bytes bytes,
+                         typename I::V (&v)[kVectors<I>]) {
+  decoder.template decode<0>(bytes, v);
+  decoder.template decode<1>(bytes, v + kVectors<I> / 2);
+}
+
 // Calls f(position, element) for all that a chunk holds. Unrolled, both are constants in f.
 template <class I, class F>
 inline void reorder(const F& f) {

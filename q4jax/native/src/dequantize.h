@@ -24,11 +24,10 @@ class Dequantize {
       auto decoder = fresh;
       for_chunks(w, chunks, w.packed + n * (w.k / 2), begin, end, scales, decoder,
                  [&](int64_t c, typename I::Bytes bytes) {
-                   typename I::V v[8];
-                   decoder.template decode<0>(bytes, v);
-                   decoder.template decode<1>(bytes, v + 4);
+                   typename I::V v[kVectors<I>];
+                   decode_chunk<I>(decoder, bytes, v);
                    float decoded[I::kChunk], ordered[I::kChunk];
-                   for (int r = 0; r < 8; ++r) I::store(decoded + r * I::kLanes, v[r]);
+                   for (int r = 0; r < kVectors<I>; ++r) I::store(decoded + r * I::kLanes, v[r]);
                    reorder<I>([&](int i, int element) { ordered[element] = decoded[i]; });
                    const int64_t k = c * I::kChunk, have = smaller(I::kChunk, w.k - k);
                    for (int64_t i = 0; i < have; i += I::kLanes) {

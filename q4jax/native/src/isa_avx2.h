@@ -104,7 +104,7 @@ class Avx2::Decoder {
 
   // Four vectors of a chunk: the weight, rounded to D.
   template <int Half>
-  void decode(__m256i bytes, V out[4]) const {
+  __attribute__((always_inline)) void decode(__m256i bytes, V out[4]) const {
     const __m256i index = nibbles<Half>(bytes);
     const __m256i b0 = _mm256_shuffle_epi8(plane_[0], index);
     const __m256i b1 = _mm256_shuffle_epi8(plane_[1], index);
@@ -151,7 +151,7 @@ class Avx2::Decoder<Dtype::kBfloat16> {
   }
 
   template <int Half>
-  void decode(__m256i bytes, V out[4]) const {
+  __attribute__((always_inline)) void decode(__m256i bytes, V out[4]) const {
     const __m256i index = nibbles<Half>(bytes), zero = _mm256_setzero_si256();
     const __m256i low = _mm256_shuffle_epi8(low_, index);
     const __m256i high = _mm256_shuffle_epi8(high_, index);

@@ -38,8 +38,11 @@ class Linear {
   static constexpr int kMostDots = 8, kPass = 8;
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
   static constexpr int64_t kCached = 256 * 1024;  // bytes of x that stay in the second cache
-  static constexpr int64_t kDepth = Tile<I>::kDepth;
-  static constexpr int64_t kWidth = Tile<I>::kWidth;
+  using Factors = typename FactorsOf<I, D>::Type;
+  using Tiles = Tile<I, Factors>;
+  static constexpr int64_t kWords = Factors::kWords;
+  static constexpr int64_t kDepth = Tiles::kDepth;
+  static constexpr int64_t kWidth = Tiles::kWidth;
   static constexpr int64_t kAhead = 4;             // rows whose codes are fetched meanwhile
   static constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // rows; multiples of I::kRows
 
@@ -162,21 +165,22 @@ class Linear {
   __attribute__((always_inline)) static void half_chunk(const Decoder& decoder,
                                                         typename I::Bytes bytes, const float* x,
                                                         V (&sum)[M][S]) {
-    V weight[4];
+    constexpr int kHalf = kVectors<I> / 2;
+    V weight[kHalf];
     decoder.template decode<Half>(bytes, weight);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < kHalf; ++r) {
       for (int m = 0; m < M; ++m) {
-        V& to = sum[m][r % S];
+        V& to = sum[m][(Half * kHalf + r) % S];
         to = I::fma(weight[r], I::load(x + m * I::kChunk + r * I::kLanes), to);
       }
     }
   }
 
-  // x.T in panels of kWidth columns, [panel][k in the order of chunks][kWidth], then tiles of W.
+  // x.T in panels of kWidth columns, [panel][words of the chunks][kWidth], then tiles of W.
   static void panels(const Product& p, Pool& pool) {
     const Weight& w = p.weight;
     const Chunks<I> chunks(w);
-    const int64_t padded = chunks.count * I::kChunk, count = ceil_div(p.m, kWidth);
+    const int64_t padded = chunks.count * kWords, count = ceil_div(p.m, kWidth);
     const Scratch x(size_t(count * padded * kWidth) * 4);
     const int64_t step = 16;  // chunks to a task
     const int64_t steps = ceil_div(chunks.count, step);
@@ -185,7 +189,7 @@ class Linear {
       const int64_t rows = smaller(kWidth, p.m - panel * kWidth);
       for (int64_t c = c0; c < smaller(chunks.count, c0 + step); ++c) {
         pack_chunk(p, panel * kWidth, rows, c,
-                   x.floats() + (panel * padded + c * I::kChunk) * kWidth);
+                   x.floats() + (panel * padded + c * kWords) * kWidth);
       }
     });
     // All of x is read for each tile: large ones, but several for each thread.
@@ -200,16 +204,17 @@ class Linear {
     for (int64_t m = 0; m < kWidth; ++m) {
       float wide[I::kChunk] = {};
       if (m < rows) load_chunk(p, m0 + m, chunk, wide);
-      reorder<I>([&](int i, int element) { out[i * kWidth + m] = wide[element]; });
+#pragma GCC unroll 128
+      for (int i = 0; i < kWords; ++i) out[i * kWidth + m] = Factors::word(wide, i);
     }
   }
 
   // y[:, begin : end].
   static void tile(const Product& p, const Chunks<I>& chunks, int64_t begin, int64_t end,
                    const float* x) {
-    constexpr int64_t kSteps = kDepth / I::kChunk;
+    constexpr int64_t kSteps = kDepth / kWords;
     const Weight& w = p.weight;
-    const int64_t padded = chunks.count * I::kChunk, count = ceil_div(p.m, kWidth);
+    const int64_t padded = chunks.count * kWords, count = ceil_div(p.m, kWidth);
     const int64_t size = ceil_div(end - begin, I::kRows) * I::kRows;
     const Scratch weight(size_t(size * kDepth) * 4);      // [n][kDepth]
     const Scratch y(size_t(count * size * kWidth) * 4);  // [panel][n][kWidth]
@@ -217,26 +222,24 @@ class Linear {
     for (int64_t c0 = 0; c0 < chunks.count; c0 += kSteps) {
       const int64_t c1 = smaller(chunks.count, c0 + kSteps);
       for (int64_t n = begin; n < end; ++n) {
-        float scales[kDepth / 32];
+        float scales[kSteps * I::kChunk / 32];
         row_scales<I>(w, chunks, n, c0, c1, scales);
         float* out = weight.floats() + (n - begin) * kDepth;
         const uint8_t* ahead = w.packed + smaller(n + kAhead, w.n - 1) * (w.k / 2);
         for (int64_t c = c0; c < c1; c += 128 / I::kChunk) I::prefetch(ahead + c * I::kChunk / 2);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) {
-                     V v[8];
-                     decoder.template decode<0>(bytes, v);
-                     decoder.template decode<1>(bytes, v + 4);
-                     float* at = out + (c - c0) * I::kChunk;
-                     for (int r = 0; r < 8; ++r) I::store(at + r * I::kLanes, v[r]);
+                     V v[kVectors<I>];
+                     decode_chunk<I>(decoder, bytes, v);
+                     Factors::store(out + (c - c0) * kWords, v);
                    });
       }
       for (int64_t panel = 0; panel < count; ++panel) {
-        const float* b = x + (panel * padded + c0 * I::kChunk) * kWidth;
+        const float* b = x + (panel * padded + c0 * kWords) * kWidth;
         for (int64_t r = 0; r < end - begin; r += I::kRows) {
-          Tile<I>::template add<false>(smaller(I::kRows, end - begin - r),
-                                       weight.floats() + r * kDepth, b, (c1 - c0) * I::kChunk,
-                                       y.floats() + (panel * size + r) * kWidth, c0 == 0);
+          Tiles::template add<false>(smaller(I::kRows, end - begin - r),
+                                     weight.floats() + r * kDepth, b, (c1 - c0) * kWords,
+                                     y.floats() + (panel * size + r) * kWidth, c0 == 0);
         }
       }
     }

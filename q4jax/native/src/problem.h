@@ -80,7 +80,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif

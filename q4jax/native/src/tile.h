@@ -1,15 +1,36 @@
 // The inner step of matrix products: a few rows by two vectors, accumulated in registers.
 #pragma once
 
-#include "problem.h"
+#include "decode.h"
 
 namespace q4jax {
 namespace {
 
+// The factors of a tile product lie in words of 32 bits; here one float32 is one word.
 template <class I>
+struct Floats {
+  using V = typename I::V;
+  static constexpr int kWords = I::kChunk;  // of a chunk
+
+  // Word i of a chunk whose elements are in their own order.
+  static float word(const float* chunk, int i) { return chunk[I::element(i)]; }
+  // All words of a decoded chunk.
+  static void store(float* words, const V* v) {
+    for (int r = 0; r < kVectors<I>; ++r) I::store(words + r * I::kLanes, v[r]);
+  }
+  static V fma(V a, V b, V c) { return I::fma(a, b, c); }
+};
+
+// To be specialized where an instruction set has other factors for a dtype.
+template <class I, Dtype D>
+struct FactorsOf {
+  using Type = Floats<I>;
+};
+
+template <class I, class Factors = Floats<I>>
 struct Tile {
   using V = typename I::V;
-  static constexpr int64_t kDepth = 256;           // of the contraction at a time
+  static constexpr int64_t kDepth = 256;           // words of the contraction at a time
   static constexpr int64_t kWidth = 2 * I::kLanes;
 
   // c[rows][kWidth] (+)= a b, with b[depth][kWidth] and rows <= I::kRows. a is [depth][rows] where
@@ -60,15 +81,15 @@ struct Tile {
     }
   }
 
-  // sum[r] += a[r] * b, for a scalar of each row and two vectors.
+  // sum[r] += a[r] * b, for a word of each row and two vectors.
   template <int Rows, int64_t Stride>
   __attribute__((always_inline)) static void once(const float* a, const float* b,
                                                   V (&sum)[Rows][2]) {
     const V b0 = I::load(b), b1 = I::load(b + I::kLanes);
     for (int r = 0; r < Rows; ++r) {
       const V v = I::set1(a[r * Stride]);
-      sum[r][0] = I::fma(v, b0, sum[r][0]);
-      sum[r][1] = I::fma(v, b1, sum[r][1]);
+      sum[r][0] = Factors::fma(v, b0, sum[r][0]);
+      sum[r][1] = Factors::fma(v, b1, sum[r][1]);
     }
   }
 };

@@ -58,10 +58,9 @@ class Transposed {
         row_scales<I>(w, chunks, n, begin, end, scales);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), begin, end, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) {
-                     V v[8];
-                     decoder.template decode<0>(bytes, v);
-                     decoder.template decode<1>(bytes, v + 4);
-                     for (int r = 0; r < 8; ++r) {
+                     V v[kVectors<I>];
+                     decode_chunk<I>(decoder, bytes, v);
+                     for (int r = 0; r < kVectors<I>; ++r) {
                        const int64_t panel = (c - begin) * kPanels + r / 2;
                        I::store(weight.floats() + panel * kPanelSize + (n - n0) * kWidth +
                                     r % 2 * I::kLanes,
