@@ -1,5 +1,6 @@
 """The C++ under the compiler's sanitizers, without Python or XLA."""
 
+import concurrent.futures
 import pathlib
 import shutil
 import subprocess
@@ -19,13 +20,21 @@ compiler = shutil.which("g++")
 def test_sanitizers(sanitizers, tmp_path):
     (tmp_path / "tables").write_bytes(library.tables())
     sources = [p for p in SOURCES.glob("*.cc") if p.name != "ffi.cc"]
-    build = [
-        *(compiler, "-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"),
+    flags = [
+        *("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"),
         *(f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{SOURCES}"),
-        *(*map(str, sources), str(pathlib.Path(__file__).with_name("stress.cc"))),
-        *("-o", str(tmp_path / "stress")),
     ]
-    subprocess.run(build, check=True, timeout=300)
+
+    def build(*files):
+        subprocess.run([compiler, *flags, *map(str, files)], check=True, timeout=900)
+
+    def to_object(source):
+        build("-c", source, "-o", tmp_path / f"{source.stem}.o")
+        return tmp_path / f"{source.stem}.o"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = pool.map(to_object, [*sources, pathlib.Path(__file__).with_name("stress.cc")])
+        build(*objects, "-o", tmp_path / "stress")
     run = subprocess.run(
         [tmp_path / "stress", tmp_path / "tables"], capture_output=True, text=True, timeout=300
     )

@@ -19,7 +19,9 @@ struct Avx2 {
   static Bytes load_bytes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  Q4JAX_INLINE static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V set1(float v) { return _mm256_set1_ps(v); }
@@ -97,14 +99,14 @@ class Avx2::Decoder {
   }
 
   // The scale of the chunks that follow, or, in blocks of 32, the two of one chunk.
-  void scale(float scale) { scale_ = _mm256_set1_ps(scale); }
-  void scale(const float* scales, int64_t) {
+  Q4JAX_INLINE void scale(float scale) { scale_ = _mm256_set1_ps(scale); }
+  Q4JAX_INLINE void scale(const float* scales, int64_t) {
     scale_ = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
   }
 
   // Four vectors of a chunk: the weight, rounded to D.
   template <int Half>
-  __attribute__((always_inline)) void decode(__m256i bytes, V out[4]) const {
+  Q4JAX_INLINE void decode(__m256i bytes, V out[4]) const {
     const __m256i index = nibbles<Half>(bytes);
     const __m256i b0 = _mm256_shuffle_epi8(plane_[0], index);
     const __m256i b1 = _mm256_shuffle_epi8(plane_[1], index);
@@ -119,7 +121,7 @@ class Avx2::Decoder {
   }
 
  private:
-  V finish(__m256i code) const {
+  Q4JAX_INLINE V finish(__m256i code) const {
     const V w = _mm256_mul_ps(_mm256_castsi256_ps(code), scale_);
     if constexpr (D == Dtype::kFloat32) return w;
     return _mm256_cvtph_ps(_mm256_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
@@ -138,12 +140,12 @@ class Avx2::Decoder<Dtype::kBfloat16> {
       : first_(_mm256_set_m128(_mm_loadu_ps(code + 8), _mm_loadu_ps(code))),
         second_(_mm256_set_m128(_mm_loadu_ps(code + 12), _mm_loadu_ps(code + 4))) {}
 
-  void scale(float scale) {
+  Q4JAX_INLINE void scale(float scale) {
     const __m256i table = bytes(_mm256_set1_ps(scale));
     low_ = _mm256_permute4x64_epi64(table, 0x88);   // [0, 2, 0, 2]
     high_ = _mm256_permute4x64_epi64(table, 0xdd);  // [1, 3, 1, 3]
   }
-  void scale(const float* scales, int64_t) {
+  Q4JAX_INLINE void scale(const float* scales, int64_t) {
     const __m256i first = bytes(_mm256_set1_ps(scales[0]));
     const __m256i second = bytes(_mm256_set1_ps(scales[1]));
     low_ = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(first, second), 0xd8);
@@ -151,21 +153,25 @@ class Avx2::Decoder<Dtype::kBfloat16> {
   }
 
   template <int Half>
-  __attribute__((always_inline)) void decode(__m256i bytes, V out[4]) const {
-    const __m256i index = nibbles<Half>(bytes), zero = _mm256_setzero_si256();
+  Q4JAX_INLINE void decode(__m256i bytes, V out[4]) const {
+    // Bytes that interleaving brings into the two halves of a float's lane.
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+    const __m256i index = nibbles<Half>(_mm256_shuffle_epi8(bytes, order));
     const __m256i low = _mm256_shuffle_epi8(low_, index);
     const __m256i high = _mm256_shuffle_epi8(high_, index);
     const __m256i w0 = _mm256_unpacklo_epi8(low, high), w1 = _mm256_unpackhi_epi8(low, high);
-    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, w0));
-    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, w0));
-    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, w1));
-    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, w1));
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(w0, upper));
+    out[2] = _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16));
+    out[3] = _mm256_castsi256_ps(_mm256_and_si256(w1, upper));
   }
 
  private:
   // Bytes 2 and 3 of the 16 rounded products, as 64-bit groups: byte 2 of codes 0 to 7, byte 3 of
   // these, byte 2 of codes 8 to 15, byte 3 of these.
-  __m256i bytes(V scale) const {
+  Q4JAX_INLINE __m256i bytes(V scale) const {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(2, 6, 10, 14, 3, 7, 11, 15, -1, -1, -1, -1, -1, -1, -1, -1));
     return _mm256_unpacklo_epi32(_mm256_shuffle_epi8(rounded(first_, scale), order),
@@ -173,7 +179,7 @@ class Avx2::Decoder<Dtype::kBfloat16> {
   }
 
   // To nearest even, in the upper 16 bits. A NaN here has no low bits that could carry.
-  static __m256i rounded(V code, V scale) {
+  Q4JAX_INLINE static __m256i rounded(V code, V scale) {
     const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(code, scale));
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);

@@ -17,7 +17,9 @@ struct Avx512 {
   static Bytes load_bytes(const uint8_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  Q4JAX_INLINE static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V set1(float v) { return _mm512_set1_ps(v); }
@@ -84,7 +86,7 @@ class Avx512::Decoder {
 
   // Two vectors of a chunk: the weight, rounded to D. The even element of a byte is the high one.
   template <int Half>
-  __attribute__((always_inline)) void decode(Bytes bytes, V out[2]) const {
+  Q4JAX_INLINE void decode(Bytes bytes, V out[2]) const {
     out[0] = value(_mm512_srli_epi32(bytes, 8 * Half + 4));
     out[1] = value(Half ? _mm512_srli_epi32(bytes, 8) : bytes);
   }

@@ -21,7 +21,7 @@ struct Neon {
   static constexpr int kRows = 6;
 
   static Bytes load_bytes(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16)}}; }
-  static void prefetch(const void* p) { __builtin_prefetch(p); }
+  Q4JAX_INLINE static void prefetch(const void* p) { __builtin_prefetch(p); }
   static V set1(float v) { return {vdupq_n_f32(v), vdupq_n_f32(v)}; }
   static V zero() { return set1(0); }
   static V load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
@@ -89,17 +89,17 @@ class Neon::Decoder {
   explicit Decoder(const float* code) : code_{load(code), load(code + 8)}, table_{} {}
 
   // The scale of the chunks that follow, or, in blocks of 32, the two of one chunk.
-  __attribute__((always_inline)) void scale(float scale) {
+  Q4JAX_INLINE void scale(float scale) {
     table_[0] = table_[1] = products(scale);
   }
-  __attribute__((always_inline)) void scale(const float* scales, int64_t) {
+  Q4JAX_INLINE void scale(const float* scales, int64_t) {
     table_[0] = products(scales[0]);
     table_[1] = products(scales[1]);
   }
 
   // Four vectors of a chunk: the weight, rounded to D.
   template <int Half>
-  __attribute__((always_inline)) void decode(Bytes bytes, V out[4]) const {
+  Q4JAX_INLINE void decode(Bytes bytes, V out[4]) const {
     for (int i = 0; i < 2; ++i) {
       const uint8x16_t index =
           Half ? vandq_u8(bytes.half[i], vdupq_n_u8(15)) : vshrq_n_u8(bytes.half[i], 4);
@@ -126,7 +126,7 @@ class Neon::Decoder {
     uint8x16_t plane[D == Dtype::kFloat32 ? 4 : 2];
   };
 
-  __attribute__((always_inline)) Table products(float scale) const {
+  Q4JAX_INLINE Table products(float scale) const {
     const V v[2] = {multiplied(code_[0], scale), multiplied(code_[1], scale)};
     if constexpr (D == Dtype::kFloat32) {
       const uint8x16_t a = vreinterpretq_u8_f32(v[0].low), b = vreinterpretq_u8_f32(v[0].high);

@@ -140,7 +140,7 @@ class Linear {
             d.scales + (n - d.begin) * d.chunks.scales() + d.chunks.first_scale(c0);
         const uint8_t* ahead = w.packed + smaller(n + kAhead / 2, w.n - 1) * (w.k / 2);
         for_chunks(w, d.chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
-                   [&](int64_t c, typename I::Bytes bytes) __attribute__((always_inline)) {
+                   [&](int64_t c, typename I::Bytes bytes) Q4JAX_INLINE {
                      const float* x = d.x + c * M * I::kChunk;
                      I::prefetch(ahead + c * (I::kChunk / 2));
                      half_chunk<0>(decoder, bytes, x, sum);
@@ -162,7 +162,7 @@ class Linear {
   }
 
   template <int Half, int M, int S>
-  __attribute__((always_inline)) static void half_chunk(const Decoder& decoder,
+  Q4JAX_INLINE static void half_chunk(const Decoder& decoder,
                                                         typename I::Bytes bytes, const float* x,
                                                         V (&sum)[M][S]) {
     constexpr int kHalf = kVectors<I> / 2;

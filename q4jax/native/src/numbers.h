@@ -6,6 +6,10 @@
 
 #include "problem.h"
 
+// For what loops do with vectors: called, it would have them saved and loaded each time, and GCC
+// takes a prefetch out of a function that does nothing else.
+#define Q4JAX_INLINE __attribute__((always_inline))
+
 namespace q4jax {
 namespace {
 
