@@ -7,6 +7,10 @@ An implementation is a module or an object with four functions on arrays:
     linear(x, arrays, bias, *, spec) -> y        x @ W.T + bias: [M, K] -> [M, N] in x's dtype
     transposed(g, arrays, *, spec) -> dx         g @ W: [M, N] -> [M, K] in g's dtype
 
+and perhaps a fifth, where "xla" serves those that have none:
+
+    compress(absmax) -> (codes, nested_absmax, offset)     double quantization of all scales
+
 Each raises NotImplementedError, with the reason in one line, for a call it cannot serve.
 """
 
@@ -50,11 +54,11 @@ def resolve(implementation: str | None) -> str | None:
 
 
 def call(implementation: str | None, operation: str, *args: Any, **static: Any) -> Any:
-    """One of the four operations; with None the platform is chosen when the program is lowered.
+    """One of the operations; with None the platform is chosen when the program is lowered.
 
     Args:
       implementation: as `resolve` returns it.
-      operation: "quantize", "dequantize", "linear" or "transposed".
+      operation: "quantize", "compress", "dequantize", "linear" or "transposed".
       *args: pytrees of arrays, in the operation's order.
       **static: its other arguments by name.
     """
@@ -78,4 +82,7 @@ def call(implementation: str | None, operation: str, *args: Any, **static: Any) 
 def _operation(name: str, operation: str) -> Any:
     module, attribute = _SOURCES[name]
     source = importlib.import_module(module)
-    return getattr(getattr(source, attribute) if attribute else source, operation)
+    source = getattr(source, attribute) if attribute else source
+    if operation == "compress" and not hasattr(source, operation):
+        return _operation("xla", operation)
+    return getattr(source, operation)

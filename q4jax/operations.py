@@ -260,7 +260,7 @@ def _quantize(shard: _Shard, w: Array) -> tuple[Array, ...]:
 
 
 def _compress(shard: _Shard, absmax: Array) -> tuple[Array, ...]:
-    codes, nested_absmax, offset = blockwise.compress(absmax)
+    codes, nested_absmax, offset = shard.call(absmax)
     _, (dims, *_) = shard.operation.dims(absmax)
     for axis, dim in enumerate(dims):
         size = codes.shape[axis] // shard.parts(dim.label)

@@ -1,4 +1,4 @@
-"""The implementation "xla": the four operations in plain XLA, tiled on CPU, whole elsewhere."""
+"""The implementation "xla": all operations in plain XLA, tiled on CPU, whole elsewhere."""
 
 import functools
 import math
@@ -32,6 +32,11 @@ def quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
     if not spec.in_rows:
         return default(w)
     return lax.platform_dependent(w, cpu=functools.partial(in_layout, rows), default=default)
+
+
+def compress(absmax: Array) -> tuple[Array, Array, Array]:
+    """Double quantization: codes of the scales, one scale for each 256 of them, the offset."""
+    return blockwise.compress(absmax)
 
 
 def dequantize(arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:

@@ -1,4 +1,4 @@
-"""The implementation "native": the four operations by the CPU kernels.
+"""The implementation "native": the operations by the CPU kernels.
 
 `always` serves whatever the kernels can; `where_faster` only what measured faster than XLA, by
 table.json, and is what `implementation=None` takes on CPU.
@@ -30,6 +30,11 @@ class Always:
         self._check("quantize", w.dtype, None)
         packed, absmax = ops.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
         return in_layout(w.shape, packed, absmax, spec)
+
+    def compress(self, absmax: Array) -> tuple[Array, Array, Array]:
+        """Double quantization: codes of the scales, one scale for each 256 of them, the offset."""
+        self._check("compress", absmax.dtype, None)
+        return ops.quantize_scales(absmax)
 
     def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""

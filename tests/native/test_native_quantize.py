@@ -11,6 +11,7 @@ from kernels import DTYPES, in_every_isa, in_use
 from random_arrays import normal
 from vectors import BLOCKSIZES, MANIFEST, decode, npz, under
 
+import q4jax
 from q4jax import QuantSpec, blockwise
 from q4jax.native import ops
 
@@ -90,3 +91,10 @@ def test_scales_as_the_reference(size):
         found = ops.quantize_scales(values)
         for a, b in zip(found, expected, strict=True):
             assert oracle.same_bits(a, b)
+
+
+def test_both_halves_of_quantization_are_the_default():
+    quantize = jax.jit(lambda w: q4jax.quantize_4bit(w, 64, True, "nf4"))
+    text = quantize.lower(normal(1, 96, 128)).as_text()
+    assert "q4jax_quantize_scales" in text
+    assert text.count("q4jax_quantize") == 2
