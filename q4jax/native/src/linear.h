@@ -162,9 +162,8 @@ class Linear {
   }
 
   template <int Half, int M, int S>
-  Q4JAX_INLINE static void half_chunk(const Decoder& decoder,
-                                                        typename I::Bytes bytes, const float* x,
-                                                        V (&sum)[M][S]) {
+  Q4JAX_INLINE static void half_chunk(const Decoder& decoder, typename I::Bytes bytes,
+                                      const float* x, V (&sum)[M][S]) {
     constexpr int kHalf = kVectors<I> / 2;
     V weight[kHalf];
     decoder.template decode<Half>(bytes, weight);

@@ -83,8 +83,7 @@ struct Tile {
 
   // sum[r] += a[r] * b, for a word of each row and two vectors.
   template <int Rows, int64_t Stride>
-  Q4JAX_INLINE static void once(const float* a, const float* b,
-                                                  V (&sum)[Rows][2]) {
+  Q4JAX_INLINE static void once(const float* a, const float* b, V (&sum)[Rows][2]) {
     const V b0 = I::load(b), b1 = I::load(b + I::kLanes);
     for (int r = 0; r < Rows; ++r) {
       const V v = I::set1(a[r * Stride]);
