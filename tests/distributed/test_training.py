@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from cases import mesh_of
-from collectives import collectives  # on the path by tests/conftest.py
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -40,19 +39,23 @@ TOKENS = np.random.default_rng(0).integers(0, 240, (2, 24, 15), np.int32)
 STEPS = 20
 
 
+def rules_of(mesh):
+    return LlamaShardings(mesh, blocksize=32)
+
+
 def make(mesh=None):
     """The model with adapters, and the optimizer of these, on the mesh."""
     model = Llama(CONFIG, rngs=nnx.Rngs(1))
     if mesh is not None:
-        LlamaShardings(mesh, blocksize=32).place(model)
+        rules_of(mesh).place(model)
     model = q4jax.quantize_model(model, blocksize=32)
     model = q4jax.add_lora(model, 4, 16.0, rngs=nnx.Rngs(2))
     model.remat = True
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     if mesh is not None:
-        LlamaShardings(mesh, blocksize=32).place(model)
-        LlamaShardings(mesh, blocksize=32).place(optimizer)
+        rules_of(mesh).place(model)
+        rules_of(mesh).place(optimizer)
     return model, optimizer
 
 
@@ -82,7 +85,7 @@ def place(tokens, mesh=None):
 def train(model, optimizer, mesh=None):
     """The losses of all steps, and the program of a step: one, so that nothing moves in between."""
     batches = [place(tokens, mesh) for tokens in TOKENS]
-    rules = mesh and LlamaShardings(mesh, blocksize=32)
+    rules = None if mesh is None else rules_of(mesh)
     program = step.lower(model, optimizer, batches[0], rules=rules).compile()
     losses = [float(program(model, optimizer, batches[n % len(TOKENS)])) for n in range(STEPS)]
     return losses, program
@@ -100,6 +103,8 @@ def alone():
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_losses_are_those_of_one_device(sizes, alone):
+    from collectives import collectives  # on pytest's path, and not on that of worker.py
+
     losses, digest = alone
     mesh = mesh_of(**sizes)
     model, optimizer = make(mesh)

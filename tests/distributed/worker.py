@@ -25,7 +25,7 @@ def main(settings: dict[str, Any]) -> None:
             settings["address"], settings["count"], settings["number"], initialization_timeout=120
         )
     # After that, as they compute when they are imported.
-    from test_training import TOKENS, make, place, step
+    from test_training import TOKENS, make, place, rules_of, step
 
     import q4jax
     from q4jax import checkpoint
@@ -34,6 +34,7 @@ def main(settings: dict[str, Any]) -> None:
     devices = np.array(jax.devices()).reshape(tuple(sizes.values()))
     mesh = Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     model, optimizer = make(mesh)
+    rules = rules_of(mesh)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     with ocp.CheckpointManager(settings["folder"], options=options) as manager:
         start = manager.latest_step() or 0
@@ -45,7 +46,8 @@ def main(settings: dict[str, Any]) -> None:
         for number in range(start, settings["steps"]):
             if number == settings.get("killed_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            loss = float(step(model, optimizer, place(TOKENS[number % len(TOKENS)], mesh)))
+            batch = place(TOKENS[number % len(TOKENS)], mesh)
+            loss = float(step(model, optimizer, batch, rules=rules))
             print(json.dumps({"step": number, "loss": loss}), flush=True)
             if (number + 1) % SAVE_EVERY == 0:
                 tree = {"model": model, "optimizer": optimizer}

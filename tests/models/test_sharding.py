@@ -192,9 +192,21 @@ def test_an_axis_that_does_not_divide_the_blocks_splits_the_outputs():
     assert spec("self_attn.q_proj.kernel", 576, 192) == (None, None, ("tensor", "fsdp"))
     assert spec("mlp.down_proj.weight.absmax", 576, 24) == (None, "fsdp", "tensor")
     assert spec("mlp.down_proj.weight.packed__nf4_b64_n256", 576, 768) == (None, "fsdp", "tensor")
-    assert spec("mlp.down_proj.lora_a", 1536, 8) == ()
     with pytest.raises(ValueError, match="9 blocks or features in a row, .* and 100 rows"):
         spec("self_attn.q_proj.weight.absmax", 100, 9)
+
+
+def test_adapters_are_split_over_tensor_as_their_layers():
+    rules = LlamaShardings(mesh_of(fsdp=4, tensor=2))
+
+    def spec(name, *shape):
+        return tuple(rules(f"layers.{name}", jax.ShapeDtypeStruct((2, *shape), np.float32)).spec)
+
+    assert spec("mlp.down_proj.lora_a", 1536, 8) == (None, "tensor")
+    assert spec("mlp.down_proj.lora_b", 8, 576) == ()
+    assert spec("self_attn.q_proj.lora_a", 576, 8) == ()
+    assert spec("self_attn.q_proj.lora_b", 8, 192) == (None, None, "tensor")
+    assert spec("self_attn.q_proj.lora_b", 8, 191) == (), "which tensor does not divide"
 
 
 def test_experts_go_over_their_axis():
