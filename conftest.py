@@ -5,5 +5,6 @@ import importlib.util
 collect_ignore = []
 if not importlib.util.find_spec("jax_triton"):
     collect_ignore += [
-        f"q4jax/triton/{name}.py" for name in ("launch", "linear", "transposed", "weight")
+        f"q4jax/triton/{name}.py"
+        for name in ("launch", "matmul", "matmul_transpose", "weight_tile")
     ]

@@ -40,8 +40,8 @@ def write_full(folder, layers):
     """A directory in bfloat16, tensor by tensor; returns its largest tensor's bytes."""
     import ml_dtypes
 
-    from q4jax.interop.directory import CONFIG, SINGLE
-    from q4jax.interop.tensor_writer import Layout, write_file, write_json
+    from q4jax.interop.huggingface.directory import CONFIG, SINGLE
+    from q4jax.interop.safetensors.writer import Layout, write_file, write_json
 
     c = config(layers)
     kv = c.num_key_value_heads * c.head_dim
@@ -106,7 +106,7 @@ def job_load(path):
     """Reads with numpy, and loads as tensors by name and as a model, in turns: first and median."""
     import jax
 
-    from q4jax.interop import huggingface
+    from q4jax.interop.huggingface import load_save as huggingface
     from q4jax.models import from_pretrained
 
     file = Path(path) / "model.safetensors"
@@ -131,8 +131,8 @@ def job_convert(size):
     import jax
 
     from q4jax import QuantConfig
-    from q4jax.interop.huggingface import quantize_tensor
-    from q4jax.interop.tensor_file import aligned_empty
+    from q4jax.interop.huggingface.load_save import quantize_tensor
+    from q4jax.interop.safetensors.reader import aligned_empty
 
     size = int(size)
     w = aligned_empty((size, size), np.dtype(np.float32))

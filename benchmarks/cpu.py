@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import q4jax
-from q4jax import blockwise, codebooks, xla
+from q4jax import codebooks
+from q4jax.core import blockwise
+from q4jax.xla import matmul as xla
 
 HERE = pathlib.Path(__file__).parent
-TABLE = pathlib.Path(xla.__file__).with_name("xla_table.json")
+TABLE = pathlib.Path(xla.__file__).with_name("tuning.json")
 BLOCKSIZE = 64
 OUT_IN = (((1,), (1,)), ((), ()))
 IN_OUT = (((1,), (0,)), ((), ()))

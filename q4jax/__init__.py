@@ -5,22 +5,23 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from q4jax import linen, serialization  # serialization registers 4-bit weights with Flax
-from q4jax.config import QuantConfig
-from q4jax.folds import Fold
-from q4jax.hosted import register_layer
-from q4jax.matmul import matmul_4bit
-from q4jax.params import Params4bit
-from q4jax.quantize import dequantize_4bit, quantize_4bit
-from q4jax.rules import QuantRule
-from q4jax.spec import QuantSpec
-from q4jax.state import QuantState
+from q4jax.convert.config import QuantConfig
+from q4jax.convert.kernel_axes import Fold
+from q4jax.convert.registry import register_layer
+from q4jax.convert.rules import QuantRule
+from q4jax.core.spec import QuantSpec
+from q4jax.core.state import QuantState
+from q4jax.ops.matmul import matmul_4bit
+from q4jax.ops.params import Params4bit
+from q4jax.ops.quantize import dequantize_4bit, quantize_4bit
 
 if TYPE_CHECKING:
     from q4jax import checkpoint, interop, models, native
-    from q4jax.convert import dequantize_model, plan_quantization, quantize_model
-    from q4jax.digests import fingerprint
-    from q4jax.folded import Einsum4bit, LinearGeneral4bit
-    from q4jax.layers import (
+    from q4jax.lora.bank import AdapterBank
+    from q4jax.lora.inject import add_lora, merge_lora
+    from q4jax.nnx.convert import dequantize_model, plan_quantization, quantize_model
+    from q4jax.nnx.einsum import Einsum4bit, LinearGeneral4bit
+    from q4jax.nnx.linear import (
         Embedding4bit,
         EmbeddingFP4,
         EmbeddingNF4,
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
         LinearFP4,
         LinearNF4,
     )
-    from q4jax.lora import add_lora, merge_lora
-    from q4jax.memory import memory_report, trainable_parameters
-    from q4jax.named_adapters import AdapterBank
-    from q4jax.placed import check_sharding
+    from q4jax.tree.check_sharding import check_sharding
+    from q4jax.tree.fingerprint import fingerprint
+    from q4jax.tree.memory import memory_report, trainable_parameters
 
 if "flax.nnx" in sys.modules:
     # So that a module may hold a Params4bit as an attribute before any layer here is used.
-    importlib.import_module("q4jax.frozen")
+    importlib.import_module("q4jax.nnx.variables")
 
 __version__ = "0.1.0"
 
@@ -79,24 +79,24 @@ __all__ = [  # noqa: RUF022
 
 # What needs flax.nnx or orbax, which take a second to import and which `import flax` leaves out.
 _LAZY = {
-    "Linear4bit": "q4jax.layers",
-    "LinearNF4": "q4jax.layers",
-    "LinearFP4": "q4jax.layers",
-    "Embedding4bit": "q4jax.layers",
-    "EmbeddingNF4": "q4jax.layers",
-    "EmbeddingFP4": "q4jax.layers",
-    "LinearGeneral4bit": "q4jax.folded",
-    "Einsum4bit": "q4jax.folded",
-    "plan_quantization": "q4jax.convert",
-    "quantize_model": "q4jax.convert",
-    "dequantize_model": "q4jax.convert",
-    "memory_report": "q4jax.memory",
-    "trainable_parameters": "q4jax.memory",
-    "AdapterBank": "q4jax.named_adapters",
-    "add_lora": "q4jax.lora",
-    "merge_lora": "q4jax.lora",
-    "fingerprint": "q4jax.digests",
-    "check_sharding": "q4jax.placed",
+    "Linear4bit": "q4jax.nnx.linear",
+    "LinearNF4": "q4jax.nnx.linear",
+    "LinearFP4": "q4jax.nnx.linear",
+    "Embedding4bit": "q4jax.nnx.linear",
+    "EmbeddingNF4": "q4jax.nnx.linear",
+    "EmbeddingFP4": "q4jax.nnx.linear",
+    "LinearGeneral4bit": "q4jax.nnx.einsum",
+    "Einsum4bit": "q4jax.nnx.einsum",
+    "plan_quantization": "q4jax.nnx.convert",
+    "quantize_model": "q4jax.nnx.convert",
+    "dequantize_model": "q4jax.nnx.convert",
+    "memory_report": "q4jax.tree.memory",
+    "trainable_parameters": "q4jax.tree.memory",
+    "AdapterBank": "q4jax.lora.bank",
+    "add_lora": "q4jax.lora.inject",
+    "merge_lora": "q4jax.lora.inject",
+    "fingerprint": "q4jax.tree.fingerprint",
+    "check_sharding": "q4jax.tree.check_sharding",
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from q4jax.cli import main
+from q4jax.cli.main import main
 
 sys.exit(main())

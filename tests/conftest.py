@@ -1,18 +1,12 @@
-"""Puts the helpers that tests share on the path."""
-
-import sys
-from pathlib import Path
+"""Options and fixtures that all tests share."""
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import settings
 
-for folder in ("", "pallas", "gpu", "native", "emulated", "distributed", "../benchmarks"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
-
-# Changes Triton for all that imports it; for processes of its own.
-collect_ignore = ["gpu/triton_interpreter.py"]
+collect_ignore = ["support"]
+pytest.register_assert_rewrite("tests.support")
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")

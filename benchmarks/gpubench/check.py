@@ -18,8 +18,9 @@ import numpy as np
 
 import q4jax
 from gpubench.clock import one_line
-from q4jax import Params4bit, implementations
-from q4jax.pallas import tiles
+from q4jax import Params4bit
+from q4jax.gpu import tiles
+from q4jax.ops import registry as implementations
 
 OPERATIONS = ("quantize", "dequantize", "linear", "transposed")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpubench.clock import Job
-from q4jax import Params4bit, implementations
+from q4jax import Params4bit
+from q4jax.ops import registry as implementations
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 DENSE, DENSE_BY_XLA, SEPARATE = "dense", "dense by XLA", "dequantize + dot"

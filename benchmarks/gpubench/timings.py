@@ -5,7 +5,7 @@ import time
 
 from gpubench import goals, measure
 from gpubench.clock import one_line
-from q4jax.pallas import tiles
+from q4jax.gpu import tiles
 
 JOBS_AT_ONCE = 16
 

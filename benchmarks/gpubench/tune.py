@@ -16,7 +16,7 @@ import jax
 
 from gpubench import check, measure
 from gpubench.goals import Row
-from q4jax.pallas import tiles
+from q4jax.gpu import tiles
 
 TABLE = pathlib.Path(tiles.__file__).with_name("tiles.json")
 SHAPES = ((4096, 4096), (28672, 8192))

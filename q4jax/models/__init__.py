@@ -1,11 +1,11 @@
 """The Llama family in NNX: models, pretrained weights, generation."""
 
-from q4jax.models.config import LlamaConfig
-from q4jax.models.generate import generate
-from q4jax.models.llama import Llama
-from q4jax.models.pretrained import from_pretrained, from_tensors
-from q4jax.models.saving import save_pretrained
-from q4jax.models.sharding import LlamaShardings
+from q4jax.models.generation.generate import generate
+from q4jax.models.llama.config import LlamaConfig
+from q4jax.models.llama.decoder import Llama
+from q4jax.models.llama.shardings import LlamaShardings
+from q4jax.models.pretrained.load import from_pretrained, from_tensors
+from q4jax.models.pretrained.save import save_pretrained
 
 __all__ = [
     "Llama",

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from q4jax.blockwise import Arrays, in_layout
-from q4jax.native import library, ops
-from q4jax.spec import QuantSpec
+from q4jax.core.blockwise import Arrays, in_layout
+from q4jax.core.spec import QuantSpec
+from q4jax.native import calls as ops
+from q4jax.native import library
 
 
 class Always:
@@ -77,7 +78,7 @@ class WhereFaster(Always):
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, int | None]]]:
     """isa -> operation -> dtype -> largest M that it is faster for; null: for any."""
-    return json.loads(importlib.resources.files(__package__).joinpath("table.json").read_text())
+    return json.loads(importlib.resources.files(__package__).joinpath("tuning.json").read_text())
 
 
 always = Always()

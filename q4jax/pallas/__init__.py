@@ -1,6 +1,6 @@
 """The GPU kernels: the implementations "pallas" and, the same interpreted, "pallas_interpret"."""
 
-from q4jax.pallas.operations import Operations, WhereVerified
+from q4jax.pallas.implementation import Operations, WhereVerified
 
 compiled = Operations("pallas")
 interpreted = Operations("pallas_interpret")

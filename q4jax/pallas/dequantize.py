@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax.blockwise import Arrays
-from q4jax.pallas.backend import triton
+from q4jax.core.blockwise import Arrays
+from q4jax.core.spec import QuantSpec
+from q4jax.gpu.requirements import triton
 from q4jax.pallas.launch import launch, load, rows_inside
-from q4jax.pallas.weight import decode_words, load_scales, nested_operands, tables
-from q4jax.spec import QuantSpec
+from q4jax.pallas.weight_tile import decode_words, load_scales, nested_operands, tables
 
 _TILE_WORDS = 512
 

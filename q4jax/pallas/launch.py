@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax.pallas.backend import triton
+from q4jax.gpu.requirements import triton
 
 
 def launch(

@@ -10,11 +10,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from q4jax import codebooks
-from q4jax.blockwise import LARGEST_RECIPROCAL, divide
-from q4jax.pallas import decode, ptx
-from q4jax.pallas.backend import triton
+from q4jax.core.blockwise import LARGEST_RECIPROCAL, divide
+from q4jax.core.spec import QuantSpec
+from q4jax.gpu import ptx_decode as decode
+from q4jax.gpu.requirements import triton
+from q4jax.pallas import inline_ptx as ptx
 from q4jax.pallas.launch import launch, load, rows_inside
-from q4jax.spec import QuantSpec
 
 _TILE_WEIGHTS = 4096
 _SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)

@@ -10,11 +10,11 @@ import jax_triton
 from jax import Array
 
 from q4jax import codebooks
-from q4jax.blockwise import Arrays
-from q4jax.spec import QuantSpec
-from q4jax.triton.linear import linear as linear_kernel
-from q4jax.triton.plan import Plan
-from q4jax.triton.transposed import transposed as transposed_kernel
+from q4jax.core.blockwise import Arrays
+from q4jax.core.spec import QuantSpec
+from q4jax.triton.constants import Plan
+from q4jax.triton.matmul import linear as linear_kernel
+from q4jax.triton.matmul_transpose import transposed as transposed_kernel
 
 # Fusion cannot reach the decode, which is PTX; unset, some versions of Triton warn. PTX as every
 # assembler since CUDA 12.9 reads it: Triton would write for its own, and jax has another.

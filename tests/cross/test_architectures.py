@@ -1,18 +1,12 @@
 """Directories of every architecture that q4jax writes, read by transformers."""
 
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from q4jax.models import from_pretrained, save_pretrained
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "vectors"))
-
-from random_weights import CASES, write_directory
+from tests.support.random_weights import CASES, write_directory
 
 
 def load(folder, **settings):

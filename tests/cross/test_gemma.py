@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import q4jax
-from q4jax.linen import place_weights, plan_params, quantize_params
+from q4jax.linen.layers import place_weights, plan_params, quantize_params
 
 
 @pytest.fixture(scope="module")

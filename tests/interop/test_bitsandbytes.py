@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from vectors import GOLDEN, MANIFEST, tensors
 
 import q4jax
 from q4jax import Params4bit
-from q4jax.interop import bitsandbytes as bnb
+from q4jax.interop.bitsandbytes import state_dict as bnb
+from tests.support.vectors import GOLDEN, MANIFEST, tensors
 
 STORAGES = ("uint8", "bfloat16", "float16", "float32")
 STATE = "layer.weight.quant_state.bitsandbytes__nf4"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from vectors import MANIFEST, tensors
 
 import q4jax
-from q4jax.interop import peft
+from q4jax.interop.peft import load_save as peft
 from q4jax.models import Llama, LlamaConfig
+from tests.support.vectors import MANIFEST, tensors
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["proj"]}
 A, B = (f"base_model.model.proj.lora_{side}.weight" for side in "AB")

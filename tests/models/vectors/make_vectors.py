@@ -1,7 +1,7 @@
 """Makes the vectors beside it: what transformers computes with small models of each architecture.
 
     pip install "transformers>=5" torch safetensors
-    python tests/models/vectors/make_vectors.py
+    python -m tests.models.vectors.make_vectors
 
 One safetensors file a case: `input_ids` and `attention_mask` (two prompts, the second one shorter
 and padded on the left), `logits`, and `tokens`, the prompts continued greedily. Its metadata hold
@@ -14,8 +14,9 @@ import pathlib
 import tempfile
 
 import numpy as np
-from random_weights import random_weights
 from safetensors.numpy import load_file, save_file
+
+from tests.support.random_weights import random_weights
 
 HERE = pathlib.Path(__file__).parent
 SEED, PROMPT, SHORTER, NEW = 7, 20, 6, 12

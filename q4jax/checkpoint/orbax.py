@@ -1,0 +1,216 @@
+"""Checkpoints of trees with 4-bit weights, on Orbax, that cannot be restored as something else.
+
+Orbax stores arrays and the names of their places, and casts an array to the dtype that a target
+asks for. So a checkpoint has a second item beside the arrays, committed together with them: a
+header with the dtype, shape and sha256 of every leaf. A target is compared with it before an array
+is read, and every array after.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from q4jax.checkpoint.adapters import adapter_state, with_adapters
+from q4jax.checkpoint.tree_io import Place, Places, rebuild, take_apart
+from q4jax.tree.check_sharding import check_sharding
+
+__all__ = ["adapter_state", "restore", "restore_step", "save", "save_args", "with_adapters"]
+
+# The two items of a checkpoint.
+ARRAYS, HEADER = "arrays", "q4jax"
+
+# Reads the items that are asked for from one checkpoint, wherever it is.
+_Read = Callable[[ocp.args.Composite], Any]
+
+
+def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
+    """Write a checkpoint: all of it, or nothing.
+
+    Args:
+      path: the directory to make; its parents are made too.
+      tree: an `nnx.Module`, an `nnx.State`, or any pytree of these, of `Params4bit`, arrays, typed
+        PRNG keys and Python scalars (bool, int, float, str). Every leaf is saved, so give the
+        whole `nnx.state(model)` and not `nnx.state(model, nnx.Param)`.
+      force: replace the checkpoint at `path`, once the new one is complete. Nothing but a
+        checkpoint of this kind is replaced.
+
+    Raises:
+      FileExistsError: there is something at `path`, and `force` is False or it is no checkpoint.
+      ValueError: a 4-bit weight is incomplete, or does not fit its description; two leaves have
+        one name; there is no array in the tree.
+      TypeError: a leaf of another kind.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, q4jax
+      >>> from q4jax import checkpoint
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
+      >>> checkpoint.save(path, {"w": weight, "scale": jnp.ones(2), "step": 3})
+      >>> checkpoint.restore(path)
+      {'scale': Array([1., 1.], dtype=float32), 'step': 3,
+       'w': Params4bit(uint8[2, 32], nf4_b64_n0_float32_2x64)}
+    """
+    path = epath.Path(path).expanduser().absolute()
+    current = _current(path)
+    if current.exists() and not (force and (current / HEADER).exists()):
+        reason = "force=True replaces checkpoints of q4jax only" if force else "see force"
+        raise FileExistsError(f"path {current} exists already ({reason})")
+    args = save_args(tree)
+    staging = _sibling(path, "new") if path.exists() else path
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(staging, args=args, force=staging != path)
+    if jax.process_index() == 0:
+        _replace(path, staging)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"q4jax.checkpoint.save {path}")
+
+
+def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = True) -> Any:
+    """Read a checkpoint of `save`, or of `save_args`, as what was saved and nothing else.
+
+    Args:
+      path: its directory. A step of a `CheckpointManager` is one too.
+      target: what to restore: a tree like the one saved, with arrays or, as `nnx.eval_shape` and
+        `jax.eval_shape` make it, `jax.ShapeDtypeStruct`s. Arrays are placed as those of the target
+        are (`sharding`), numpy arrays stay numpy. It is not changed. None: nested dicts and lists
+        as saved, on the default device, with every `Params4bit` rebuilt.
+      verify: compare the sha256 of every array with the one it had when it was saved.
+
+    Returns:
+      The target with the saved values: for a module, a new module of the same graph.
+
+    Raises:
+      FileNotFoundError: there is no complete checkpoint at `path`.
+      ValueError: `path` is no checkpoint of q4jax; its leaves differ from the target's in name,
+        tag, dtype or shape (both sides are named); the target's weights are split so that they
+        could not be used (`check_sharding`); the arrays are not those that were saved.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, q4jax
+      >>> from q4jax import checkpoint
+      >>> path = tempfile.mkdtemp() + "/checkpoint"
+      >>> w = jax.random.normal(jax.random.key(0), (2, 64))
+      >>> checkpoint.save(path, {"w": q4jax.Params4bit.quantize(w, quant_type="nf4")})
+      >>> checkpoint.restore(path, {"w": q4jax.Params4bit.quantize(w, quant_type="fp4")})
+      Traceback (most recent call last):
+      ValueError: target does not match the checkpoint: w.quant_state.absmax is
+      float32[2, 1] fp4_b64_n0_float32_2x64 in target, float32[2, 1] nf4_b64_n0_float32_2x64 in the
+      checkpoint
+    """
+    path = epath.Path(path).expanduser().absolute()
+    current = _current(path)
+    if not current.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}{_unfinished(path)}")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return _restore(
+            lambda args: checkpointer.restore(current, args=args), str(current), target, verify
+        )
+
+
+def save_args(tree: Any) -> ocp.args.Composite:
+    """What `save` writes, for an Orbax `CheckpointManager`; `restore_step` reads it.
+
+    The arguments, the errors and the content are those of `save`. The sha256 of every array is
+    computed here, before an asynchronous save starts.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, orbax.checkpoint as ocp, q4jax
+      >>> from q4jax import checkpoint
+      >>> state = {"w": q4jax.Params4bit.quantize(jnp.ones((2, 64))), "x": jnp.zeros(2)}
+      >>> options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+      >>> with ocp.CheckpointManager(tempfile.mkdtemp(), options=options) as manager:
+      ...     for step in range(manager.latest_step() or 0, 4):
+      ...         state["x"] += 1
+      ...         _ = manager.save(step, args=checkpoint.save_args(state))
+      ...     manager.wait_until_finished()
+      ...     steps, restored = manager.all_steps(), checkpoint.restore_step(manager, target=state)
+      >>> steps, restored["x"]
+      ([2, 3], Array([4., 4.], dtype=float32))
+    """
+    arrays, signed = take_apart(tree)
+    items = {ARRAYS: ocp.args.PyTreeSave(arrays), HEADER: ocp.args.JsonSave(signed)}
+    return ocp.args.Composite(**items)
+
+
+def restore_step(
+    manager: ocp.CheckpointManager,
+    step: int | None = None,
+    target: Any = None,
+    *,
+    verify: bool = True,
+) -> Any:
+    """`restore` from a `CheckpointManager` that saved with `save_args`; step None: the latest.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      ValueError: as `restore`.
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+        raise FileNotFoundError(f"no step {step} in {manager.directory}")
+    where = f"step {step} of {manager.directory}"
+    return _restore(lambda args: manager.restore(step, args=args), where, target, verify)
+
+
+def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
+    if target is not None:
+        check_sharding(target)
+
+    def read_arrays(places: Places) -> dict[str, Any]:
+        wanted = {name: _restore_args(place) for name, place in places.items()}
+        request = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
+        arrays: dict[str, Any] = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
+        return arrays
+
+    return rebuild(_read_header(read, where), read_arrays, where, target, verify)
+
+
+def _restore_args(place: Place) -> ocp.RestoreArgs:
+    """The same in Orbax's words. No dtype: Orbax would cast to it."""
+    if isinstance(place, np.ndarray):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=place.sharding)
+
+
+def _read_header(read: _Read, where: str) -> Any:
+    try:
+        return read(ocp.args.Composite(**{HEADER: ocp.args.JsonRestore()}))[HEADER]
+    except (KeyError, FileNotFoundError):
+        raise ValueError(f"{where} is not a checkpoint of q4jax: no item {HEADER!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is corrupted or incomplete: {error}") from None
+
+
+def _current(path: epath.Path) -> epath.Path:
+    """Where the checkpoint of `path` is: beside it, if replacing it was interrupted midway."""
+    new = _sibling(path, "new")
+    return new if new.exists() and not path.exists() else path
+
+
+def _unfinished(path: epath.Path) -> str:
+    """What an interrupted first save left beside `path`, for an error."""
+    siblings = path.parent.iterdir() if path.parent.exists() else ()
+    left = [p.name for p in siblings if p.name.startswith(f"{path.name}.orbax-checkpoint-tmp")]
+    return f"; an interrupted save left {', '.join(sorted(left))}" if left else ""
+
+
+def _sibling(path: epath.Path, name: str) -> epath.Path:
+    return path.with_name(f"{path.name}.q4jax-{name}")
+
+
+def _replace(path: epath.Path, staging: epath.Path) -> None:
+    """Put the complete checkpoint `staging` at `path`: one of both is there at any moment."""
+    old = _sibling(path, "old")
+    if staging != path:
+        if old.exists():
+            old.rmtree()
+        path.rename(old)
+        staging.rename(path)
+    for leftover in (old, _sibling(path, "new")):
+        if leftover.exists():
+            leftover.rmtree()

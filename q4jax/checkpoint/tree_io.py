@@ -1,0 +1,102 @@
+"""A tree as named arrays and a header, and back: what every form of checkpoint shares."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax.checkpoint import manifest as header
+from q4jax.tree.leaves import (
+    Leaves,
+    Path,
+    find_weights,
+    in_weight,
+    leaves,
+    map_leaves,
+    name_of,
+    nest,
+)
+
+Place = jax.ShapeDtypeStruct | np.ndarray
+"""What an array is to be: on a device, by its sharding, or in numpy."""
+Places = dict[str, Place]
+
+
+def take_apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a tree by name, and its header.
+
+    Raises:
+      ValueError: a 4-bit weight is incomplete, or does not fit its description; two leaves have
+        one name; there is no array.
+      TypeError: a leaf that cannot be saved.
+    """
+    found = leaves(tree)
+    signed = header.write(found)
+    arrays = {name_of(p): header.data_of(leaf) for p, leaf in found.items() if _is_array(leaf)}
+    if not arrays:
+        raise ValueError("tree holds no array to save")
+    return arrays, signed
+
+
+def rebuild(
+    signed: Any,
+    read_arrays: Callable[[Places], dict[str, Any]],
+    where: str,
+    target: Any,
+    verify: bool,
+) -> Any:
+    """Header, comparison, arrays, verification, tree: in this order.
+
+    Args:
+      signed: the header, as it was read.
+      read_arrays: reads all arrays, given where each goes.
+      where: what errors call the checkpoint.
+      target: the tree to fill, or None: nested dicts and lists.
+      verify: compare the sha256 of every array.
+    """
+    entries = header.read(signed, where)
+    wanted: dict[str, Any] = {}
+    if target is not None:
+        found = leaves(target)
+        header.compare(entries, found)
+        wanted = {name_of(path): leaf for path, leaf in found.items()}
+    stored = {name_of(path): path for path, entry in entries.items() if "data" in entry}
+    places = {name: _place(name, entries[at], wanted.get(name)) for name, at in stored.items()}
+    read = read_arrays(places)
+    arrays: Leaves = {path: read[name] for name, path in stored.items()}
+    for path, array in arrays.items():
+        header.check(path, array, entries[path], verify, where)
+    values: dict[Path, Any] = {
+        path: _value(entry, arrays.get(path), wanted.get(name_of(path)))
+        for path, entry in entries.items()
+    }
+    if target is not None:
+        named = {name_of(path): value for path, value in values.items()}
+        return map_leaves(lambda path, leaf, _: named[name_of(path)], target)
+    weights = find_weights(values)
+    return nest({p: x for p, x in values.items() if not in_weight(p, weights)} | weights)
+
+
+def _place(name: str, entry: header.Entry, wanted: Any) -> Place:
+    dtype, _, axes = entry["data"].partition("[")
+    shape = tuple(json.loads(f"[{axes}"))
+    if isinstance(wanted, np.ndarray | np.generic) or (wanted is None and entry["kind"] == "numpy"):
+        return np.broadcast_to(np.zeros((), dtype), shape)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name} is {entry['data']}, which JAX holds with jax_enable_x64 only")
+    sharding = getattr(wanted, "sharding", None) if entry["kind"] != "key" else None
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or jnp.zeros(()).sharding)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype")
+
+
+def _value(entry: header.Entry, array: Any, wanted: Any) -> Any:
+    if entry["kind"] == "key":
+        key = jax.random.wrap_key_data(array, impl=entry["impl"])
+        return jax.device_put(key, getattr(wanted, "sharding", None))
+    return array if "data" in entry else entry["value"]

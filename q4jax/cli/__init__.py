@@ -1,0 +1,3 @@
+"""The command line."""
+
+from q4jax.cli.main import main as main

@@ -1,0 +1,137 @@
+"""`QuantRule`: which layers of a model become 4-bit, and how, by a regular expression."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from q4jax.convert.config import QuantConfig
+from q4jax.core.codebooks import QuantType
+
+EVERY = ".*"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantRule:
+    r"""What happens to the layers whose path a regular expression matches as a whole.
+
+    Rules are an ordered list: the first that matches a layer decides. A layer that none matches is
+    left alone.
+
+    Attributes:
+      pattern: for the whole dotted path of a layer (`re.fullmatch`), such as `r".*\.q_proj"`.
+      skip: leave these layers alone.
+      quant_type: "nf4" or "fp4".
+      blocksize: as `QuantConfig` has it.
+      compress_statistics: double quantization of the scales.
+      dtype: compute dtype; None: that of the layer.
+      embeddings: take embeddings too; without it they are left alone.
+
+    Raises:
+      ValueError: a setting that is not allowed; the pattern is no regular expression.
+
+    Example:
+      >>> import q4jax
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Dict(
+      ...     up=nnx.Linear(64, 64, rngs=rngs), down=nnx.Linear(64, 64, rngs=rngs),
+      ...     head=nnx.Linear(64, 64, rngs=rngs),
+      ... )
+      >>> rules = [
+      ...     q4jax.QuantRule("head", skip=True),
+      ...     q4jax.QuantRule("down", quant_type="fp4", blocksize=32),
+      ...     q4jax.QuantRule(),
+      ... ]
+      >>> small = q4jax.quantize_model(model, rules)
+      >>> small.down.weight.quant_state.spec.tag(), type(small.head).__name__
+      ('fp4_b32_n256_float32_64x64', 'Linear')
+    """
+
+    pattern: str = EVERY
+    _: dataclasses.KW_ONLY
+    skip: bool = False
+    quant_type: QuantType = "nf4"
+    blocksize: int = 64
+    compress_statistics: bool = True
+    dtype: DTypeLike | None = None
+    embeddings: bool = False
+
+    def __post_init__(self):
+        compiled(self.pattern)
+        QuantConfig(self.quant_type, self.blocksize, self.compress_statistics, self.dtype)
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern matches the whole of a path."""
+        return compiled(self.pattern).fullmatch(path) is not None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the 4-bit layers take."""
+        return {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "compress_statistics": self.compress_statistics,
+            "dtype": self.dtype,
+        }
+
+
+Config = QuantConfig | Sequence[QuantRule] | None
+
+
+def compiled(pattern: Any) -> "re.Pattern[str]":
+    """A regular expression; ValueError, with what is wrong, for anything else."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"a pattern must be a string, got {pattern!r}")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+class Rules:
+    """A `QuantConfig` or a list of `QuantRule`s, asked path by path."""
+
+    def __init__(self, config: Config, overrides: dict[str, Any]):
+        self._config: QuantConfig | None = None
+        if config is None or isinstance(config, QuantConfig):
+            self._config = dataclasses.replace(config or QuantConfig(), **overrides)
+            fields = dataclasses.asdict(self._config)
+            del fields["skip"]
+            self.rules: tuple[QuantRule, ...] = (QuantRule(**fields),)
+            return
+        rules: Any = config
+        if not isinstance(rules, Sequence) or not all(isinstance(r, QuantRule) for r in rules):
+            raise TypeError(f"config must be a QuantConfig or a list of QuantRules, got {rules!r}")
+        if overrides:
+            raise TypeError(f"{sorted(overrides)} beside rules: write it into the rules")
+        self.rules = tuple(rules)
+
+    def choose(self, path: str) -> tuple[QuantRule | None, str]:
+        """The rule for the layer at a path; or None, and why it is left alone."""
+        entry = None if self._config is None else self._config.skips(path.replace("/", "."))
+        if entry is not None:
+            return None, f"skip has {entry!r}"
+        rule = next((rule for rule in self.rules if rule.matches(path)), None)
+        if rule is None:
+            return None, "no rule matches it"
+        return (None, f"rule {rule.pattern!r} skips it") if rule.skip else (rule, "")
+
+    def require_matches(self, paths: Iterable[str]) -> None:
+        """ValueError where a rule matches none of the layers of a model."""
+        require_matches([rule.pattern for rule in self.rules if rule.pattern != EVERY], paths)
+
+
+def require_matches(patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """ValueError, naming the patterns and some of the paths, where one matches none of them."""
+    found = list(paths)
+    idle = [p for p in patterns if not any(compiled(p).fullmatch(path) for path in found)]
+    if idle:
+        shown = ", ".join(path or "(root)" for path in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ValueError(
+            f"no layer matches {', '.join(map(repr, idle))}; a pattern is compared with the whole "
+            f"path (for a name alone: '.*name'), and the layers are: {shown or 'none'}{more}"
+        )

@@ -1,0 +1,112 @@
+"""The tables of the number formats, as numpy constants: nf4, fp4 and the signed 8-bit dynamic map.
+
+A table is given twice: `CODE` is what a 4-bit code decodes to; `THRESHOLDS` with `SORTED_CODES`
+is how a value in [-1, 1] is encoded: the number of thresholds strictly below it picks an entry of
+`SORTED_CODES`, so a value on a threshold takes the lower neighbour.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+QuantType = Literal["nf4", "fp4"]
+QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+"""Block length of the second quantization, fixed in every file bitsandbytes writes."""
+
+
+def _float32(values: ArrayLike) -> np.ndarray:
+    table = np.asarray(values, np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def _midpoints(ascending: np.ndarray) -> np.ndarray:
+    """The float32 value half-way between neighbours, computed in float32."""
+    return _float32((ascending[:-1] + ascending[1:]) * np.float32(0.5))
+
+
+def _uint8(values: ArrayLike) -> np.ndarray:
+    table = np.asarray(values, np.uint8)
+    table.flags.writeable = False
+    return table
+
+
+# QLoRA (arXiv:2305.14314), appendix E: quantiles of N(0, 1), normalised so that 0 and ±1 are exact.
+_NF4 = _float32(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+
+# Sign bit, two exponent bits, one mantissa bit; entry 1 is the subnormal. Scaled so that 12 is 1.
+_FP4_MAGNITUDES = np.asarray([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+# Code 8, "minus zero", decodes to +0.0.
+_FP4 = _float32(np.concatenate([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES]))
+
+# Intervals of fp4 in ascending order of value. The interval just below zero takes code 0 and the
+# one just above it code 8: what bitsandbytes' CPU backend writes.
+_FP4_ASCENDING = _uint8([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
+
+CODE: dict[str, np.ndarray] = {"nf4": _NF4, "fp4": _FP4}
+"""quant_type -> float32 [16], indexed by the 4-bit code."""
+
+SORTED_CODES: dict[str, np.ndarray] = {"nf4": _uint8(np.arange(16)), "fp4": _FP4_ASCENDING}
+"""quant_type -> uint8 [16], the codes in ascending order of the value they stand for."""
+
+THRESHOLDS: dict[str, np.ndarray] = {
+    name: _midpoints(CODE[name][SORTED_CODES[name]]) for name in QUANT_TYPES
+}
+"""quant_type -> float32 [15], ascending."""
+
+
+def _edges(intervals: int) -> np.ndarray:
+    """`intervals + 1` points from 0.1 to 1, with the rounding of the files that exist.
+
+    The step is a float32; each point counts from the nearer end and is rounded once (numpy's
+    linspace differs in the last bit of 22 entries of the map).
+    """
+    start, stop = float(np.float32(0.1)), 1.0
+    step = float((np.float32(stop) - np.float32(start)) / np.float32(intervals))
+    i = np.arange(intervals + 1)
+    lower_half = i < (intervals + 1) // 2
+    return np.where(lower_half, start + step * i, stop - step * (intervals - i)).astype(np.float32)
+
+
+def _dynamic_map() -> np.ndarray:
+    """The signed dynamic 8-bit map of "8-bit Optimizers" (arXiv:2110.02861), float32 [256].
+
+    A sign bit, then a unary decimal exponent, then a linear fraction in the bits that remain:
+    seven decades, the e-th holding 2**e evenly spaced magnitudes, and 0 and +1 beside them.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = _edges(2**exponent)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        magnitudes = np.float32(10.0 ** (exponent - 6)) * means
+        values += [*magnitudes, *(-magnitudes)]
+    return _float32(np.sort(np.asarray(values, np.float32)))
+
+
+DYNAMIC_MAP: np.ndarray = _dynamic_map()
+"""float32 [256], ascending; entry 127 is 0.0 and entry 255 is 1.0."""
+
+DYNAMIC_THRESHOLDS: np.ndarray = _midpoints(DYNAMIC_MAP)
+"""float32 [255], ascending."""

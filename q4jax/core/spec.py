@@ -1,0 +1,146 @@
+"""`QuantSpec`: everything about a quantized weight that is not an array."""
+
+import dataclasses
+import math
+import operator
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from q4jax.core.codebooks import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
+
+FLOAT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float16, jnp.bfloat16))
+
+_NUMBER = "[1-9][0-9]*"
+_TAG = re.compile(
+    rf"([a-z0-9]+)_b({_NUMBER})_n(0|{_NUMBER})_([a-z0-9]+)_({_NUMBER}(?:x{_NUMBER})*)"
+)
+
+
+def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
+    """`value` as one of float32, float16, bfloat16; ValueError naming the argument otherwise."""
+    try:
+        dtype = np.dtype(value)
+    except (TypeError, ValueError, SyntaxError):  # the last of texts such as ","
+        dtype = None
+    if dtype is None or dtype not in FLOAT_DTYPES:
+        shown = value if dtype is None else dtype.name
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {shown}")
+    return dtype
+
+
+def check_blocksize(value: Any) -> None:
+    """ValueError unless it is one of the block sizes."""
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not integer or value not in BLOCKSIZES:
+        raise ValueError(f"invalid blocksize {value!r}; allowed: {list(BLOCKSIZES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """The static description of a 4-bit weight; frozen and hashable.
+
+    It is the treedef's static part of `QuantState`, the suffix in its key names, the metadata of
+    the Variables a layer holds, and what errors print.
+
+    Attributes:
+      quant_type: "nf4" or "fp4".
+      blocksize: elements that share one scale; a power of two from 32 to 4096.
+      nested_blocksize: 256 where the scales are themselves quantized to 8 bits, 0 where plain.
+      dtype: dtype of the weight that was quantized: float32, float16 or bfloat16.
+      shape: in the row form (`shape[-1] % blocksize == 0`) the matrix shape, at most two axes;
+        in the flat form the full shape of the weight.
+
+    Example:
+      >>> spec = QuantSpec("nf4", 64, 256, "float32", (128, 256))
+      >>> spec.tag()
+      'nf4_b64_n256_float32_128x256'
+      >>> QuantSpec.parse(spec.tag()) == spec
+      True
+    """
+
+    quant_type: str
+    blocksize: int
+    nested_blocksize: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
+        check_blocksize(self.blocksize)
+        if self.nested_blocksize not in (0, NESTED_BLOCKSIZE):
+            raise ValueError(
+                f"nested_blocksize must be 0 (plain) or {NESTED_BLOCKSIZE}, "
+                f"got {self.nested_blocksize!r}"
+            )
+        object.__setattr__(self, "blocksize", int(self.blocksize))
+        object.__setattr__(self, "dtype", float_dtype(self.dtype))
+        try:
+            shape = tuple(operator.index(n) for n in self.shape)
+        except TypeError:
+            raise ValueError(f"shape must be integers, got {self.shape!r}") from None
+        if not shape or min(shape) < 1:
+            raise ValueError(f"shape must have at least one axis and no empty one, got {shape}")
+        if len(shape) > 2 and shape[-1] % self.blocksize == 0:
+            raise ValueError(
+                f"shape must be the matrix shape, two axes, where the last axis is a multiple of "
+                f"blocksize {self.blocksize}; got {shape}"
+            )
+        object.__setattr__(self, "shape", shape)
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], dtype: Any, quant_type: str, blocksize: int, nested: bool
+    ) -> "QuantSpec":
+        """The spec of a weight of this full `shape`: leading axes are dropped in the row form."""
+        if 0 in shape:
+            raise ValueError(f"shape must have no empty axis, got {tuple(shape)}")
+        in_rows = blocksize in BLOCKSIZES and len(shape) > 0 and shape[-1] % blocksize == 0
+        nested_blocksize = NESTED_BLOCKSIZE if nested else 0
+        return cls(quant_type, blocksize, nested_blocksize, dtype, shape[-2:] if in_rows else shape)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are double-quantized."""
+        return self.nested_blocksize != 0
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether blocks end where rows end, so that arrays keep the row axis."""
+        return self.shape[-1] % self.blocksize == 0
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Shape of the codes of one weight of this shape, without leading axes."""
+        if self.in_rows:
+            return (*self.shape[:-1], self.shape[-1] // 2)
+        return ((math.prod(self.shape) + 1) // 2,)
+
+    @property
+    def absmax_shape(self) -> tuple[int, ...]:
+        """Shape of the scales of one weight of this shape, without leading axes."""
+        if self.in_rows:
+            return (*self.shape[:-1], self.shape[-1] // self.blocksize)
+        return (-(-math.prod(self.shape) // self.blocksize),)
+
+    def tag(self) -> str:
+        """One identifier that holds every field, such as `nf4_b64_n256_float32_128x256`."""
+        shape = "x".join(map(str, self.shape))
+        numbers = f"b{self.blocksize}_n{self.nested_blocksize}"
+        return f"{self.quant_type}_{numbers}_{self.dtype.name}_{shape}"
+
+    @classmethod
+    def parse(cls, tag: str) -> "QuantSpec":
+        """The inverse of `tag`; ValueError for anything `tag` cannot have written."""
+        match = _TAG.fullmatch(tag)
+        if match is None:
+            raise ValueError(f"not the tag of a QuantSpec: {tag!r}")
+        quant_type, blocksize, nested, dtype, shape = match.groups()
+        dims = tuple(int(n) for n in shape.split("x"))
+        return cls(quant_type, int(blocksize), int(nested), float_dtype(dtype), dims)
+
+    def __repr__(self) -> str:
+        return f"QuantSpec({self.tag()})"

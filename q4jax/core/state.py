@@ -1,0 +1,223 @@
+"""`QuantState`: the scales of a 4-bit weight and what they mean, as a pytree."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from q4jax import codebooks
+from q4jax.core import bnb_format as bnb_dict
+from q4jax.core.spec import QuantSpec
+
+_SEPARATOR = "__"
+
+
+def with_tag(name: str, spec: QuantSpec) -> str:
+    """The key of a quantized leaf: a mismatch of any static field is a mismatch of structure."""
+    return f"{name}{_SEPARATOR}{spec.tag()}"
+
+
+def split_tag(key: str) -> tuple[str, QuantSpec]:
+    """The inverse of `with_tag`; ValueError where `key` carries no tag."""
+    name, separator, tag = key.partition(_SEPARATOR)
+    if not separator:
+        raise ValueError(f"not the key of a quantized leaf: {key!r}")
+    return name, QuantSpec.parse(tag)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QuantState:
+    """The scales of a blockwise 4-bit weight, with everything needed to decode it.
+
+    An ordinary, immutable pytree: `jit`, `grad`, `vmap`, `scan`, `device_put`, pickling and
+    checkpoints carry it whole. Its static part, `spec`, is in the treedef and in the key names.
+
+    Args:
+      absmax: scales. Plain: float32. Double-quantized: uint8 codes of the scales.
+        Row form `[*lead, out, in / blocksize]`, flat form `[*lead, blocks]`.
+      nested_absmax: float32 `[*stacked, ceil(blocks / 256)]`, or None where plain.
+      offset: float32 `[*stacked]`, the mean of the scales, or None where plain.
+      spec: the static description.
+
+    Leading axes come in two forms. *Stacked*: every array has them, as `jax.vmap` makes them.
+    *Joint*: one call on an N-D weight; the nested statistics are shared and do not have them.
+    """
+
+    __slots__ = ("absmax", "nested_absmax", "offset", "spec")
+    absmax: Array
+    nested_absmax: Array | None
+    offset: Array | None
+    spec: QuantSpec
+
+    def __init__(
+        self,
+        absmax: Array,
+        nested_absmax: Array | None,
+        offset: Array | None,
+        spec: QuantSpec,
+    ):
+        for name, value in zip(self.__slots__, (absmax, nested_absmax, offset, spec), strict=True):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"QuantState is immutable; cannot set {name!r}")
+
+    def __reduce__(self):
+        return QuantState, (self.absmax, self.nested_absmax, self.offset, self.spec)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], QuantSpec]:
+        """Children with their key names, for jax; every name carries the tag."""
+        names = ("absmax", "nested_absmax", "offset") if self.spec.nested else ("absmax",)
+        key = jax.tree_util.GetAttrKey
+        return [(key(with_tag(n, self.spec)), getattr(self, n)) for n in names], self.spec
+
+    @classmethod
+    def tree_unflatten(cls, spec: QuantSpec, leaves: Iterable[Any]) -> "QuantState":
+        """The inverse, for jax; leaves may be anything."""
+        absmax, *nested = leaves
+        nested_absmax, offset = nested if spec.nested else (None, None)
+        return cls(absmax, nested_absmax, offset, spec)
+
+    @property
+    def quant_type(self) -> str:
+        """Either "nf4" or "fp4"."""
+        return self.spec.quant_type
+
+    @property
+    def blocksize(self) -> int:
+        """Elements that share one scale."""
+        return self.spec.blocksize
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the weight that was quantized, and of what it dequantizes to."""
+        return self.spec.dtype
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are double-quantized."""
+        return self.spec.nested
+
+    @property
+    def code(self) -> np.ndarray:
+        """The codebook, float32 `[16]`."""
+        return codebooks.CODE[self.spec.quant_type]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes, stacked and joint together."""
+        shape = tuple(self.absmax.shape)
+        return shape[: len(shape) - len(self.spec.absmax_shape)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight: leading axes, then the spec's shape."""
+        return self.lead + self.spec.shape
+
+    def __repr__(self) -> str:
+        lead = f", lead={self.lead}" if hasattr(self.absmax, "shape") and self.lead else ""
+        return f"QuantState({self.spec.tag()}{lead})"
+
+    def check(self) -> None:
+        """ValueError, naming the array, where dtypes or shapes do not fit the spec."""
+        spec = self.spec
+        _require_array("absmax", self.absmax, spec)
+        lead = self.lead
+        _check_array("absmax", self.absmax, jnp.uint8 if spec.nested else jnp.float32, lead, spec)
+        if not spec.nested:
+            if self.nested_absmax is not None or self.offset is not None:
+                raise ValueError(f"nested_absmax and offset must be None in a plain {self!r}")
+            return
+        if self.nested_absmax is None or self.offset is None:
+            raise ValueError(f"nested_absmax and offset must be arrays in a nested {self!r}")
+        stacked = tuple(self.offset.shape)
+        if stacked != lead[: len(stacked)] or self.offset.dtype != jnp.float32:
+            raise ValueError(
+                f"offset must be float32 of a prefix of the leading axes {lead}, got "
+                f"{self.offset.dtype}{list(stacked)} for {spec.tag()}"
+            )
+        blocks = math.prod(self.absmax.shape[len(stacked) :])
+        expected = (*stacked, -(-blocks // spec.nested_blocksize))
+        found = tuple(self.nested_absmax.shape)
+        if found != expected or self.nested_absmax.dtype != jnp.float32:
+            raise ValueError(
+                f"nested_absmax must be float32{list(expected)}, got "
+                f"{self.nested_absmax.dtype}{list(found)} for {spec.tag()}"
+            )
+
+    def as_dict(self, packed: bool = True) -> dict[str, Any]:
+        """The state as bitsandbytes names it.
+
+        Args:
+          packed: True for arrays only, as in a state dict: the scalars are JSON in a uint8 array
+            under `quant_state.bitsandbytes__<quant_type>`. False for one flat dict of both.
+
+        Returns:
+          numpy arrays `absmax`, `quant_map` and, where nested, `nested_absmax`,
+          `nested_quant_map`, all flat; and the scalars.
+
+        Raises:
+          ValueError: the state is stacked and nested: bitsandbytes has one offset a weight.
+
+        Example:
+          >>> import jax.numpy as jnp, q4jax
+          >>> _, state = q4jax.quantize_4bit(jnp.ones((2, 64)), quant_type="nf4")
+          >>> list(state.as_dict())
+          ['absmax', 'quant_map', 'quant_state.bitsandbytes__nf4']
+          >>> bytes(state.as_dict()["quant_state.bitsandbytes__nf4"]).decode()
+          '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [2, 64]}'
+        """
+        if self.offset is not None and self.offset.ndim:
+            raise ValueError(
+                f"a stacked state cannot be one bitsandbytes state: {self!r} has an offset "
+                f"for each of {tuple(self.offset.shape)}; index it first"
+            )
+        return bnb_dict.write(
+            self.absmax, self.nested_absmax, self.offset, self.spec, self.shape, packed
+        )
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "QuantState":
+        """The inverse of `as_dict`, for both of its forms; keys may carry one common prefix.
+
+        Raises:
+          ValueError: keys are missing, unknown or given twice; a value is of the wrong type; an
+            array does not fit the shape; a table is not the standard one.
+
+        Example:
+          >>> import jax.numpy as jnp, q4jax
+          >>> _, state = q4jax.quantize_4bit(jnp.ones((2, 64)), quant_type="nf4")
+          >>> q4jax.QuantState.from_dict(state.as_dict())
+          QuantState(nf4_b64_n0_float32_2x64)
+        """
+        return cls(*bnb_dict.read(d))
+
+
+def _require_array(name: str, array: Any, spec: QuantSpec) -> None:
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise ValueError(f"{name} must be an array for {spec.tag()}, got {kind}")
+
+
+def _check_array(
+    name: str, array: Array, dtype: Any, lead: tuple[int, ...], spec: QuantSpec
+) -> None:
+    base = spec.packed_shape if name == "packed" else spec.absmax_shape
+    found, expected = tuple(array.shape), (*lead, *base)
+    if array.dtype != dtype or found != expected:
+        raise ValueError(
+            f"{name} must be {np.dtype(dtype).name}{list(expected)} for {spec.tag()}, "
+            f"got {array.dtype}{list(found)}"
+        )
+
+
+def check_packed(packed: Array, state: QuantState) -> None:
+    """ValueError where the codes do not fit the state, or the state does not fit itself."""
+    _require_array("absmax", state.absmax, state.spec)
+    _require_array("packed", packed, state.spec)
+    _check_array("packed", packed, jnp.uint8, state.lead, state.spec)
+    state.check()

@@ -1,0 +1,55 @@
+"""What the GPU kernels need: Pallas's Triton backend, a GPU of its time, rows of whole blocks."""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+
+from q4jax.core.spec import QuantSpec
+
+
+@functools.cache
+def triton(implementation: str = "pallas") -> Any:
+    """The module `jax.experimental.pallas.triton`.
+
+    Args:
+      implementation: which one asks, for the error.
+
+    Raises:
+      NotImplementedError: this jax has none.
+    """
+    try:
+        return importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        raise NotImplementedError(
+            f"implementation={implementation!r} needs Pallas's Triton backend, which jax "
+            f"{jax.__version__} does not have; 'xla' and None work"
+        ) from None
+
+
+def check_rows(implementation: str, spec: QuantSpec) -> None:
+    """NotImplementedError where blocks cross rows."""
+    if not spec.in_rows:
+        raise NotImplementedError(
+            f"implementation={implementation!r} needs rows that are whole blocks; the last axis of "
+            f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
+        )
+
+
+def check_devices(implementation: str = "pallas") -> None:
+    """NotImplementedError where a GPU that is visible is older than Ampere (sm_80).
+
+    Args:
+      implementation: which one asks, for the error.
+    """
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        if device.platform != "gpu" or not isinstance(capability, str):
+            continue
+        major, _, minor = capability.partition(".")
+        if major.isdigit() and int(major) < 8:
+            raise NotImplementedError(
+                f"implementation={implementation!r} needs compute capability 8.0 (Ampere) or "
+                f"newer; {device.device_kind} has {major}.{minor}; 'xla' and None work"
+            )

@@ -1,0 +1,1 @@
+"""Safetensors files, read in place and written without a second copy."""

@@ -1,0 +1,1 @@
+"""Text generation: `generate`, prompts and sampling."""

@@ -1,0 +1,1 @@
+"""The Llama family: configuration, decoder, attention, experts and shardings."""

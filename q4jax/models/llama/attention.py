@@ -1,0 +1,112 @@
+"""Self-attention of the Llama family: rotary, grouped, causal, within a window or not."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from q4jax.models.llama.config import LlamaConfig
+from q4jax.models.llama.kv_cache import KVCache
+from q4jax.models.llama.norm import LlamaRMSNorm
+from q4jax.models.llama.rope import rotate
+from q4jax.sharding.partition import whole_outputs
+
+Rotation = tuple[jax.Array, jax.Array]  # cosine, sine
+
+
+class Layer(NamedTuple):
+    """What tells a layer of the stack from the others."""
+
+    number: jax.Array  # int32
+    windowed: jax.Array  # bool: attends within the sliding window only
+
+
+class Visible(NamedTuple):
+    """What each of T queries may attend to, of S keys: bool `[B, 1, T, S]`.
+
+    Both None: every key up to its own. `window` is None where no layer has a sliding window,
+    `full` where all have.
+    """
+
+    full: jax.Array | None
+    window: jax.Array | None
+
+    @classmethod
+    def of(
+        cls, config: LlamaConfig, real: jax.Array | None, start: jax.Array | int, tokens: int
+    ) -> "Visible":
+        """For queries in the slots from `start` on.
+
+        `real`, bool `[B, S]`, is True for the slots that hold real tokens; None: there are none but
+        the queries' own.
+        """
+        windows, reach = config.windowed, config.sliding_window or 0
+        if real is None and not any(windows):
+            return cls(None, None)
+        slots = jnp.arange(tokens if real is None else real.shape[1])
+        queries = (start + jnp.arange(tokens))[:, None]
+        full = (slots <= queries)[None, None]
+        if real is not None:
+            full &= real[:, None, None, :]
+        if not any(windows):
+            return cls(full, None)
+        window = full & (slots > queries - reach)
+        return cls(None if all(windows) else full, window)
+
+    def of_layer(self, windowed: jax.Array) -> jax.Array | None:
+        """The mask of one layer."""
+        if self.window is None or self.full is None:
+            return self.full if self.window is None else self.window
+        return jnp.where(windowed, self.window, self.full)
+
+
+class LlamaAttention(nnx.Module):
+    """Causal self-attention with rotary embeddings; groups of queries share a key/value head."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, **linear: Any):
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        out: dict[str, Any] = {"use_bias": bias, "rngs": rngs, **linear}
+        qkv = out | {"use_bias": bias or config.qkv_bias}
+        self.q_proj = nnx.Linear(config.hidden_size, width, **qkv)
+        self.k_proj = nnx.Linear(config.hidden_size, kv_width, **qkv)
+        self.v_proj = nnx.Linear(config.hidden_size, kv_width, **qkv)
+        self.o_proj = nnx.Linear(width, config.hidden_size, **out)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps, rngs)
+            self.k_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps, rngs)
+        self.qk_norm = config.qk_norm
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rotation,
+        visible: Visible,
+        cache: KVCache | None,
+        layer: Layer,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`x [B, T, hidden_size]` to the same shape.
+
+        With a cache, the S keys of `visible` are its slots, and the keys and values of `layer` are
+        put into it.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q, *rope), rotate(k, *rope), self.v_proj(x).reshape(heads)
+        if cache is not None:
+            cache = cache.write(layer.number, k, v)
+            k, v = (
+                cache.keys[layer.number],
+                cache.values[layer.number],
+            )  # [B, S, kv_heads, head_dim]
+        mask = visible.of_layer(layer.windowed)
+        # In float32 where the compute dtype is float16: XLA's CPU backend lacks the float16 form.
+        q, k, v = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None).astype(x.dtype)
+        with whole_outputs():
+            return self.o_proj(y.reshape(*x.shape[:2], -1)), cache

@@ -1,0 +1,1 @@
+"""Pretrained models, from and to Hugging Face directories."""

@@ -1,0 +1,86 @@
+"""Models of the Llama family to Hugging Face directories."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from q4jax.interop.huggingface.load_save import save_directory
+from q4jax.models.llama.decoder import Llama
+from q4jax.models.llama.tensor_names import LEAVES, is_transposed, lead_shape, tensor_names
+from q4jax.nnx.linear import Linear4bit
+from q4jax.nnx.traverse import walk_modules
+from q4jax.nnx.variables import thaw
+from q4jax.ops.params import Params4bit
+
+
+def save_pretrained(
+    model: Llama,
+    path: str | os.PathLike[str],
+    max_shard_bytes: int = 5_000_000_000,
+    *,
+    quant_storage: str = "uint8",
+) -> None:
+    """Writes a model as `from_pretrained` and transformers read it, dense or with 4-bit layers.
+
+    4-bit experts are written one by one, under the names that full-precision checkpoints have for
+    them. transformers 5, which keeps experts dense beside 4-bit layers, refuses these.
+
+    Args:
+      model: without adapters: `interop.peft` writes these, `merge_lora` merges them.
+      path: the directory, made if it is not there; a checkpoint that is there is not replaced.
+      max_shard_bytes: size of a file.
+      quant_storage: what holds 4-bit codes: "uint8", "bfloat16", "float16" or "float32".
+
+    Raises:
+      TypeError: the model holds variables that are no weights of a Llama; the message names one.
+      FileExistsError: a checkpoint is there already.
+      ValueError: 4-bit layers that one `quantization_config` cannot describe; a config that the
+        `model_type` has no entries for.
+    """
+    config = model.config
+    entries = config.to_hf()
+    tree: dict[str, Any] = {}
+    for path_of, module in walk_modules(model):
+        at = tuple(path_of.split("."))
+        if isinstance(module, Linear4bit):
+            names = tensor_names((*at, "kernel"), config)
+            weights = _matrices(thaw(module.weight), lead_shape(at, config))
+            tree |= dict(zip(names, weights, strict=True))
+        for leaf, variable in vars(module).items():
+            if not isinstance(variable, nnx.Variable):
+                continue
+            if type(variable) is not nnx.Param or leaf not in LEAVES:
+                raise TypeError(
+                    f"save_pretrained writes plain models; {path_of}.{leaf} is a "
+                    f"{type(variable).__name__}: merge adapters first"
+                )
+            value = np.asarray(variable[...])
+            parts = value.reshape(-1, *value.shape[len(lead_shape(at, config)) :])
+            for name, part in zip(tensor_names((*at, leaf), config), parts, strict=True):
+                tree[name] = part.T if is_transposed((*at, leaf)) else part
+    stored = np.dtype(tree["model.embed_tokens.weight"].dtype)
+    for name, leaf in tree.items():
+        if name.endswith("norm.weight"):
+            tree[name] = _scale(leaf, stored)
+    entries["dtype"] = stored.name
+    compute = model.embed_tokens.dtype
+    if compute is not None:
+        entries["quantization_config"] = {"bnb_4bit_compute_dtype": np.dtype(compute).name}
+    save_directory(tree, path, entries, quant_storage, max_shard_bytes=max_shard_bytes)
+
+
+def _scale(scale: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
+    """A norm scale, float32 in the model, in the dtype of the weights, if that holds its values.
+
+    transformers computes in the dtype of a scale and expects one dtype throughout.
+    """
+    cast = scale.astype(stored)
+    return cast if np.array_equal(cast.astype(np.float32), scale) else scale
+
+
+def _matrices(weight: Params4bit, lead: tuple[int, ...]) -> list[Params4bit]:
+    """The weight of each layer, or of each of its experts."""
+    return [jax.tree.map(lambda a, at=at: a[at], weight) for at in np.ndindex(*lead)]

@@ -1,0 +1,61 @@
+"""A 4-bit weight whose matrices, of layers and experts, come one after another."""
+
+from typing import Any
+
+import numpy as np
+
+from q4jax.core.spec import QuantSpec
+from q4jax.core.state import QuantState
+from q4jax.interop.placement import Placement, place
+from q4jax.interop.safetensors.reader import aligned_empty
+from q4jax.ops.params import Params4bit
+
+_PARTS = ("absmax", "nested_absmax", "offset")
+
+
+class WeightStack:
+    """Collects the arrays of a weight in host memory, stacked over its leading axes.
+
+    Args:
+      lead: these axes; as many matrices as they count will be added, in order.
+    """
+
+    def __init__(self, lead: tuple[int, ...]):
+        self._lead = lead
+        self._count = 0
+        self._spec: QuantSpec | None = None
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, state: QuantState) -> np.ndarray:
+        """Takes in the scales of the next matrix; returns the memory for its codes, uint8.
+
+        Raises:
+          ValueError: the matrix, of this name, has another description than the first.
+        """
+        arrays = {part: getattr(state, part) for part in _PARTS[: 3 if state.nested else 1]}
+        if self._spec is None:
+            self._spec = state.spec
+            shapes = {part: (array.shape, array.dtype) for part, array in arrays.items()}
+            shapes["packed"] = state.spec.packed_shape, np.dtype(np.uint8)
+            for part, (shape, dtype) in shapes.items():
+                self._buffers[part] = aligned_empty((*self._lead, *shape), dtype)
+        if state.spec != self._spec:
+            raise ValueError(
+                f"{name} is {state.spec.tag()}, but the same weight of layer 0 is "
+                f"{self._spec.tag()}"
+            )
+        index: Any = (*np.unravel_index(self._count, self._lead), ...)
+        self._count += 1
+        for part, array in arrays.items():
+            self._buffers[part][index] = np.asarray(array)
+        return self._buffers["packed"][index]
+
+    def finish(self, name: str, sharding: Placement | None) -> Params4bit:
+        """The whole weight, on its devices."""
+        assert self._spec is not None
+        placed = {
+            part: place(f"{name}.{part}", buffer, sharding)
+            for part, buffer in self._buffers.items()
+        }
+        scales = [placed[part] for part in _PARTS if part in placed]
+        return Params4bit(placed["packed"], QuantState.tree_unflatten(self._spec, scales))

@@ -1,0 +1,312 @@
+"""`Params4bit`: a quantized weight, codes and state, as one pytree."""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from q4jax.core import blockwise
+from q4jax.core.codebooks import QuantType
+from q4jax.core.spec import QuantSpec, float_dtype
+from q4jax.core.state import QuantState, check_packed
+from q4jax.ops import registry as implementations
+from q4jax.ops.weight_sharding import Operation
+from q4jax.sharding import partition
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Params4bit:
+    """A 4-bit weight: what a model holds, and what every function takes for (packed, state).
+
+    An immutable pytree of at most four arrays. It has no `shape` and no `dtype`, so that nothing
+    takes it for an array; those of the weight are `quant_state.shape` and `quant_state.dtype`.
+
+    Args:
+      packed: uint8 codes, two a byte. Row form `[*lead, out, in/2]`, flat form `[*lead, bytes]`.
+      quant_state: the scales and the static description.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, q4jax
+      >>> w = jax.random.normal(jax.random.key(0), (128, 256))
+      >>> weight = q4jax.Params4bit.quantize(w, quant_type="nf4")
+      >>> weight
+      Params4bit(uint8[128, 128], nf4_b64_n0_float32_128x256)
+      >>> weight.nbytes * 8 / w.size
+      4.5
+      >>> q4jax.matmul_4bit(jnp.ones((2, 256)), weight).shape
+      (2, 128)
+    """
+
+    __slots__ = ("packed", "quant_state")
+    packed: Array
+    quant_state: QuantState
+
+    def __init__(self, packed: Array, quant_state: QuantState):
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "quant_state", quant_state)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Params4bit is immutable; cannot set {name!r}")
+
+    def __reduce__(self):
+        return Params4bit, (self.packed, self.quant_state)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
+        """Children with their key names, for jax."""
+        key = jax.tree_util.GetAttrKey
+        return [(key("packed"), self.packed), (key("quant_state"), self.quant_state)], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable[Any]) -> "Params4bit":
+        """The inverse, for jax; children may be anything."""
+        packed, quant_state = children
+        return cls(packed, quant_state)
+
+    def __repr__(self) -> str:
+        state: Any = self.quant_state  # whatever a transformation may have put there
+        if not isinstance(state, QuantState):
+            return f"Params4bit({state!r})"
+        tag = state.spec.tag()
+        if not hasattr(self.packed, "dtype"):
+            return f"Params4bit({tag})"
+        return f"Params4bit({self.packed.dtype}{list(self.packed.shape)}, {tag})"
+
+    @classmethod
+    def of(cls, packed: "Array | Params4bit", state: QuantState | None) -> "Params4bit":
+        """The two forms in which functions take a weight, as one; checked to fit together.
+
+        Raises:
+          TypeError: neither a Params4bit nor codes with their QuantState.
+          ValueError: codes that are not uint8, or arrays that do not fit the state.
+        """
+        if isinstance(packed, Params4bit):
+            if state is not None:
+                raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
+            weight = packed
+        elif isinstance(state, QuantState):
+            weight = cls(packed, state)
+        else:
+            raise TypeError(
+                f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
+            )
+        check_packed(weight.packed, weight.quant_state)
+        return weight
+
+    @classmethod
+    def quantize(
+        cls,
+        w: Array,
+        blocksize: int = 64,
+        compress_statistics: bool = False,
+        quant_type: QuantType = "fp4",
+        *,
+        check_finite: bool = True,
+        implementation: str | None = None,
+    ) -> "Params4bit":
+        """`quantize_4bit` with its two results as one pytree."""
+        if isinstance(w, (Params4bit, QuantState)):
+            raise TypeError(f"w is quantized already: {w!r}")
+        if not hasattr(w, "dtype") or not hasattr(w, "shape"):
+            raise TypeError(f"w must be an array, got {type(w).__name__}")
+        # Before jnp.asarray, which would turn float64 into float32 in silence.
+        dtype = float_dtype(w.dtype, "w.dtype")
+        spec = QuantSpec.of(w.shape, dtype, quant_type, blocksize, bool(compress_statistics))
+        arrays, finite = _quantize(w, spec, implementations.resolve(implementation))
+        if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
+            require_finite(w, "w")
+        state = QuantState(arrays.absmax, arrays.nested_absmax, arrays.offset, spec)
+        return cls(arrays.packed, state)
+
+    def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> Array:
+        """The weight as `dtype` (None: the dtype it was quantized from), in its full shape."""
+        weight = Params4bit.of(self, None)
+        dtype = weight.quant_state.dtype if dtype is None else float_dtype(dtype)
+        return _dequantize(weight, dtype, implementations.resolve(implementation))
+
+    @property
+    def arrays(self) -> blockwise.Arrays:
+        """Its arrays alone, as the implementations take them."""
+        state = self.quant_state
+        return blockwise.Arrays(self.packed, state.absmax, state.nested_absmax, state.offset)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def partition_names(self, names: Sequence[Any]) -> "Params4bit":
+        """How its arrays are partitioned where the weight is, with a tuple for each array.
+
+        Codes and scales go together; double quantization's own statistics are replicated, but for
+        leading axes.
+
+        Args:
+          names: names of mesh axes or logical axes, or None, for each axis of the weight.
+
+        Raises:
+          ValueError: not one name for each axis; a name for an axis of a matrix whose rows are not
+            whole blocks: its arrays are flat.
+
+        Example:
+          >>> import jax.numpy as jnp, q4jax
+          >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), compress_statistics=True)
+          >>> names = weight.partition_names(("mlp", "embed"))
+          >>> names.packed, names.quant_state.absmax, names.quant_state.nested_absmax
+          (('mlp', 'embed'), ('mlp', 'embed'), (None,))
+        """
+        state = self.quant_state
+        ndim, split = len(state.shape), [n for n in names[len(state.lead) :] if n is not None]
+        if len(names) != ndim:
+            raise ValueError(f"{self!r} has {ndim} axes, its partition names are {tuple(names)}")
+        if split and not state.spec.in_rows:
+            raise ValueError(
+                f"{self!r} cannot be partitioned over {', '.join(map(repr, split))}: its rows of "
+                f"{state.spec.shape[-1]} are not whole blocks of {state.blocksize}"
+            )
+        leaves, tree = jax.tree.flatten(self)
+        lead = tuple(names[: len(state.lead)])
+
+        def of(leaf: Array) -> tuple[Any, ...]:
+            if leaf.ndim == ndim:
+                return tuple(names)
+            return (*lead, *(None,) * leaf.ndim)[: leaf.ndim]
+
+        return cast("Params4bit", jax.tree.unflatten(tree, map(of, leaves)))
+
+    def unstack(self) -> "Params4bit":
+        """The joint form (one call on an N-D weight) as the stacked one, exactly.
+
+        Every array of the result has the leading axes, so `scan`, `vmap` and indexing work.
+
+        Raises:
+          ValueError: a matrix does not hold a whole number of blocks, or, with double
+            quantization, of 256 blocks: then neighbours share a scale.
+        """
+        state = Params4bit.of(self, None).quant_state
+        spec = state.spec
+        stacked = 0 if state.offset is None else state.offset.ndim
+        if len(spec.shape) <= 2 and (state.offset is None or stacked == len(state.lead)):
+            return self
+        lead, (rows, columns) = state.shape[:-2], state.shape[-2:]
+        if rows * columns % spec.blocksize:
+            raise ValueError(
+                f"cannot unstack {self!r}: a matrix of {rows}x{columns} is not a whole number of "
+                f"blocks of {spec.blocksize}"
+            )
+        blocks = rows * columns // spec.blocksize
+        if spec.nested and blocks % spec.nested_blocksize:
+            raise ValueError(
+                f"cannot unstack {self!r}: the {blocks} blocks of a matrix are not a multiple of "
+                f"{spec.nested_blocksize}, so matrices share nested scales; jax.vmap of "
+                f"Params4bit.quantize over the leading axes gives each its own"
+            )
+        matrix = QuantSpec.of(
+            (rows, columns), spec.dtype, spec.quant_type, spec.blocksize, spec.nested
+        )
+        packed = self.packed.reshape(*lead, *matrix.packed_shape)
+        absmax = state.absmax.reshape(*lead, *matrix.absmax_shape)
+        if state.nested_absmax is None or state.offset is None:
+            return Params4bit(packed, QuantState(absmax, None, None, matrix))
+        nested_absmax = state.nested_absmax.reshape(*lead, -1)
+        offset = state.offset.reshape(*state.offset.shape, *(1,) * (len(lead) - stacked))
+        offset = jnp.broadcast_to(offset, lead)
+        return Params4bit(packed, QuantState(absmax, nested_absmax, offset, matrix))
+
+    def state_dict(self, prefix: str = "weight") -> dict[str, np.ndarray]:
+        """The weight as bitsandbytes' state dict has it, codes as uint8 `[bytes, 1]`.
+
+        Args:
+          prefix: the name of the weight; its statistics follow as `<prefix>.absmax` and so on.
+        """
+        data = {prefix: np.asarray(self.packed).reshape(-1, 1)}
+        statistics = self.quant_state.as_dict(packed=True)
+        return data | {f"{prefix}.{name}": value for name, value in statistics.items()}
+
+    @classmethod
+    def from_prequantized(cls, data: Any, quantized_stats: Mapping[str, Any]) -> "Params4bit":
+        """The weight from bitsandbytes' arrays.
+
+        Args:
+          data: codes, `[bytes, 1]` or any shape: uint8, or a float or int8 array that contains
+            their bytes (`quant_storage`).
+          quantized_stats: its statistics, as `QuantState.from_dict` takes them.
+
+        Raises:
+          ValueError: statistics that `from_dict` refuses; more or fewer bytes than they describe.
+        """
+        state = QuantState.from_dict(dict(quantized_stats))
+        codes = np.ascontiguousarray(np.asarray(data)).reshape(-1).view(np.uint8)
+        shape = (*state.lead, *state.spec.packed_shape)
+        if codes.size != math.prod(shape):
+            raise ValueError(
+                f"data must hold {math.prod(shape)} bytes for {state.spec.tag()}, got {codes.size}"
+            )
+        return cls(jnp.asarray(codes.reshape(shape)), state)
+
+
+def require_finite(w: Array, name: str) -> None:
+    """ValueError, with the name of the tensor, where a concrete `w` holds NaN or inf."""
+    if isinstance(w, jax.core.Tracer):
+        return
+    count = int((~jnp.isfinite(jnp.asarray(w))).sum())
+    if count:
+        raise ValueError(
+            f"{name} holds NaN or inf ({count} of {w.size} elements of {w.dtype}{list(w.shape)}); "
+            f"check_finite=False quantizes it anyhow"
+        )
+
+
+def quantize_stacked(
+    w: Array, name: str = "w", *, check_finite: bool = True, **settings: Any
+) -> Params4bit:
+    """Quantize a matrix, or a stack of them into the stacked form.
+
+    Args:
+      w: `[*lead, out, in]`; every array of the result has the axes `lead`.
+      name: what errors call it.
+      check_finite: raise where a concrete `w` holds NaN or inf.
+      **settings: the others of `quantize_4bit`.
+
+    Raises:
+      ValueError: as `quantize_4bit`.
+    """
+    if check_finite:
+        require_finite(w, name)
+
+    def quantize(w: Array) -> Params4bit:
+        return Params4bit.quantize(w, check_finite=False, **settings)
+
+    for _ in w.shape[:-2]:
+        quantize = jax.vmap(quantize)
+    return quantize(w)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def _quantize(
+    w: Array, spec: QuantSpec, implementation: str | None
+) -> tuple[blockwise.Arrays, Array]:
+    """The arrays, and whether w is finite."""
+    packed, absmax = partition.run(Operation("quantize", implementation, spec), w)
+    finite = jnp.isfinite(absmax).all()
+    if not spec.nested:
+        return blockwise.Arrays(packed, absmax, None, None), finite
+    compressed = partition.run(Operation("compress", implementation, spec), absmax)
+    return blockwise.Arrays(packed, *compressed), finite
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
+def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
+    operation = Operation("dequantize", implementation, weight.quant_state.spec, dtype)
+
+    def dequantize(weight: Params4bit) -> Array:
+        return partition.run(operation, weight.arrays)[0]
+
+    offset = weight.quant_state.offset
+    for _ in range(0 if offset is None else offset.ndim):  # statistics of its own for each matrix
+        dequantize = jax.vmap(dequantize)
+    return dequantize(weight)

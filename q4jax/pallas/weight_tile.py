@@ -1,0 +1,223 @@
+"""A 4-bit weight inside a kernel: how its arrays are viewed, loaded, masked and decoded."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from q4jax import codebooks
+from q4jax.core import blockwise
+from q4jax.core.blockwise import Arrays
+from q4jax.core.spec import QuantSpec
+from q4jax.gpu import ptx_decode as decode
+from q4jax.pallas import inline_ptx as ptx
+from q4jax.pallas.launch import below, load
+
+HALF = 32
+"""Weights in 16 bytes, what a thread loads at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """A tile of `rows` x `columns` weights, walked in units of one or two halves of 32.
+
+    A thread that owns both halves of a unit computes one table for its 64 weights. Therefore a
+    tile is decoded a half at a time: half h of all its units, [rows, columns / halves].
+
+    Attributes:
+      spec: the weight's.
+      rows, columns: of a tile, powers of two.
+      inside: whether all tiles that are walked lie inside the weight, so that nothing is masked.
+    """
+
+    spec: QuantSpec
+    rows: int
+    columns: int
+    inside: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight."""
+        n, k = self.spec.shape
+        return n, k
+
+    @property
+    def unit(self) -> int:
+        """Weights a unit: they share a scale."""
+        return min(self.spec.blocksize, 2 * HALF)
+
+    @property
+    def halves(self) -> int:
+        """Of a unit."""
+        return self.unit // HALF
+
+    @property
+    def units(self) -> int:
+        """In a row of the tile."""
+        return self.columns // self.unit
+
+    @property
+    def scales(self) -> int:
+        """In a row of the tile."""
+        return max(1, self.columns // self.spec.blocksize)
+
+    def activation(self, x: Array) -> Array:
+        """[M, K] -> [M, units, unit], free."""
+        return x.reshape(x.shape[0], -1, self.unit)
+
+
+def operands(arrays: Arrays, tiling: Tiling) -> dict[str, Array]:
+    """What a kernel reads of a weight, by name; the views are free.
+
+    words: int32 [N, units of a row, 4 * halves], 8 codes each; absmax [N, blocks of a row]; and
+    with double quantization nested [n], offset [1] and the 8-bit map [256].
+    """
+    n, k = tiling.shape
+    packed = arrays.packed.reshape(n, k // tiling.unit, 4 * tiling.halves, 4)
+    named = {
+        "words": lax.bitcast_convert_type(packed, jnp.int32),
+        "absmax": arrays.absmax.reshape(n, -1),
+    }
+    return named | nested_operands(arrays)
+
+
+def nested_operands(arrays: Arrays) -> dict[str, Array]:
+    """The operands that only double quantization has."""
+    if arrays.nested_absmax is None or arrays.offset is None:
+        return {}
+    return {
+        "nested": arrays.nested_absmax,
+        "offset": arrays.offset.reshape(1),
+        "map": jnp.asarray(codebooks.DYNAMIC_MAP),
+    }
+
+
+def load_scales(
+    refs: dict[str, Any], where: tuple[Any, ...], index: Array, mask: Array | None
+) -> Array:
+    """Float32 scales, decoded where they are double-quantized.
+
+    Args:
+      refs: the operands.
+      where: their place in `absmax`.
+      index: int32, which blocks of the weight they are.
+      mask: where there are any; the others are 0 in a plain weight, finite in a nested one.
+    """
+    scales = load(refs["absmax"].at[where], mask)
+    if "nested" not in refs:
+        return scales
+    nested = load(refs["nested"].at[index // codebooks.NESTED_BLOCKSIZE], mask)
+    value = load(refs["map"].at[scales.astype(jnp.int32)], None)
+    offset = jnp.broadcast_to(refs["offset"][0], value.shape)
+    return ptx.inline(decode.SCALE_ASM, blockwise.scale, [value, nested, offset], jnp.float32)
+
+
+def tables(scales: Array, quant_type: str, dtype: Any) -> list[list[Array]]:
+    """The tables of blocks with these scales, a list of words for each 16 bits of a weight."""
+
+    def table_word(part: int, word: int) -> Array:
+        static = {"quant_type": quant_type, "dtype": dtype, "part": part, "word": word}
+        meaning = functools.partial(decode.table_word, **static)
+        return ptx.inline(decode.table_word_asm(**static), meaning, [scales], jnp.int32)
+
+    parts = range(decode.table_count(dtype))
+    return [[table_word(part, word) for word in range(decode.TABLE_WORDS)] for part in parts]
+
+
+def pairs(words: Array, tables_: list[list[Array]]) -> list[list[Array]]:
+    """For each table, 16 bits of each weight, two weights an int32, for the bytes 0 to 3."""
+
+    def pair(byte: int, table: list[Array]) -> Array:
+        meaning = functools.partial(decode.pair, byte)
+        return ptx.inline(decode.pair_asm(byte), meaning, [words, *table], jnp.int32)
+
+    return [[pair(byte, table) for byte in range(4)] for table in tables_]
+
+
+def two_weights(entries: list[Array], dtype: Any) -> tuple[Array, Array]:
+    """The weights of a pair, from its 16 bits of each table, low ones first."""
+    if len(entries) == 1:
+        halves = entries[0].astype(jnp.int16), (entries[0] >> 16).astype(jnp.int16)
+        first, second = (lax.bitcast_convert_type(h, dtype) for h in halves)
+        return first, second
+    low, high = entries
+    first = (high << 16) | (low & 0xFFFF)
+    second = (high & -0x10000) | lax.shift_right_logical(low, 16)
+    return lax.bitcast_convert_type(first, dtype), lax.bitcast_convert_type(second, dtype)
+
+
+def decode_words(words: Array, tables_: list[list[Array]], dtype: Any) -> Array:
+    """[..., w] words of 8 codes -> [..., w, 2, 2, 2] weights in their order."""
+    interleaved = [
+        jnp.stack([jnp.stack([b[0], b[2]], -1), jnp.stack([b[1], b[3]], -1)], -1)
+        for b in pairs(words, tables_)
+    ]  # [..., w, 2, 2] a table: the bytes of a word, in order
+    return jnp.stack(two_weights(interleaved, dtype), -1)
+
+
+def decode_tile(
+    refs: dict[str, Any], tiling: Tiling, row: Any, tile: Any, dtype: Any
+) -> list[Array]:
+    """The halves of a tile, each `dtype` [rows, units * 32].
+
+    What lies outside the weight is finite where the weight is; it meets zeros of the other operand
+    or makes results that are not stored.
+
+    Args:
+      refs: the operands.
+      tiling: the tile's size.
+      row: its first row.
+      tile: its number in the row.
+      dtype: the compute dtype.
+    """
+    n, k = tiling.shape
+    rows, units, columns = tiling.rows, tiling.units, tiling.scales
+    blocks = k // tiling.spec.blocksize
+    column = tile * tiling.columns // tiling.spec.blocksize
+    narrow, shape = (rows, columns), (rows, units, 4)
+    scales_inside = words_inside = None
+    if not tiling.inside:
+        scales_inside = below(narrow, 0, row, n) & below(narrow, 1, column, blocks)
+        words_inside = below(shape, 0, row, n) & below(shape, 1, tile * units, k // tiling.unit)
+    scales = load_scales(
+        refs,
+        (pl.ds(row, rows), pl.ds(column, columns)),
+        (row + lax.broadcasted_iota(jnp.int32, narrow, 0)) * blocks
+        + (column + lax.broadcasted_iota(jnp.int32, narrow, 1)),
+        scales_inside,
+    )
+    wide = [
+        [
+            jnp.broadcast_to(word[:, :, None], (rows, columns, 4 * units // columns)).reshape(shape)
+            for word in table
+        ]
+        for table in tables(scales, tiling.spec.quant_type, dtype)
+    ]
+    halves = []
+    for half in range(tiling.halves):
+        where = (pl.ds(row, rows), pl.ds(tile * units, units), pl.ds(4 * half, 4))
+        words = load(refs["words"].at[where], words_inside)
+        halves.append(decode_words(words, wide, dtype).reshape(rows, units * HALF))
+    return halves
+
+
+def load_activation(ref: Any, tiling: Tiling, row: Any, rows: int, tile: Any, half: int) -> Array:
+    """The columns of x [M, units, unit] that meet half `half` of a tile: [rows, units * 32]."""
+    where, mask = activation_part(ref.shape, tiling, row, rows, tile, half)
+    return load(ref.at[where], mask).reshape(rows, tiling.units * HALF)
+
+
+def activation_part(
+    shape: tuple[int, ...], tiling: Tiling, row: Any, rows: int, tile: Any, half: int
+) -> tuple[tuple[Any, ...], Array | None]:
+    """Where that is in an array [M, units, unit], and a mask of what is inside the array."""
+    m, units, _ = shape
+    first = tile * tiling.units
+    where = (pl.ds(row, rows), pl.ds(first, tiling.units), pl.ds(half * HALF, HALF))
+    if tiling.inside and m % rows == 0:
+        return where, None
+    part = (rows, tiling.units, HALF)
+    return where, below(part, 0, row, m) & below(part, 1, first, units)

@@ -1,0 +1,1 @@
+"""Questions about a whole model or pytree: its leaves, memory, fingerprint and shardings."""

@@ -1,0 +1,193 @@
+"""`memory_report`: what a model's arrays cost, and what 4 bits saved."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from q4jax.nnx.variables import Frozen4bit, is_variable
+from q4jax.ops.params import Params4bit
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes and counts of a model; print it for a table.
+
+    Attributes:
+      code_bytes: packed codes of the 4-bit weights.
+      scale_bytes: their scales, nested statistics and offsets.
+      other_bytes: everything else by top-level part of the model, adapters apart.
+      lora_bytes: adapters.
+      quantized_weights: elements of the weights that are 4-bit.
+      original_bytes: what those weights took before quantization.
+      other_weights: elements of everything else, adapters apart.
+      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`.
+    """
+
+    code_bytes: int
+    scale_bytes: int
+    other_bytes: dict[str, int]
+    lora_bytes: int
+    quantized_weights: int
+    original_bytes: int
+    other_weights: int
+    trainable: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.code_bytes + self.scale_bytes + sum(self.other_bytes.values()) + self.lora_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the model would take with its 4-bit weights in the dtype they had."""
+        return self.total_bytes - self.code_bytes - self.scale_bytes + self.original_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes and scales for each quantized weight; 0 where there is none."""
+        stored = 8 * (self.code_bytes + self.scale_bytes)
+        return stored / self.quantized_weights if self.quantized_weights else 0.0
+
+    def __str__(self) -> str:
+        rows = [
+            ("4-bit codes", self.code_bytes),
+            ("4-bit scales", self.scale_bytes),
+            *((f"full precision: {part}", size) for part, size in self.other_bytes.items()),
+            ("LoRA adapters", self.lora_bytes),
+            ("total", self.total_bytes),
+            ("before quantization", self.dense_bytes),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in rows if size]
+        total = self.quantized_weights + self.other_weights
+        lines.append(
+            f"{self.quantized_weights:,} of {total:,} weights in 4 bits, "
+            f"{self.bits_per_weight:.3f} bits each; {self.trainable:,} trainable"
+        )
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableReport:
+    """How much of a model is trained; print it for PEFT's line.
+
+    Attributes:
+      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`.
+      total: elements of every weight, 4-bit ones and adapters included.
+      layers: elements of the adapters by dotted path; empty where there is none.
+    """
+
+    trainable: int
+    total: int
+    layers: dict[str, int]
+
+    @property
+    def percent(self) -> float:
+        """The share that is trained."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {self.percent:.4f}"
+        )
+
+
+def trainable_parameters(model: Any) -> TrainableReport:
+    """What of an nnx model is trained, as PEFT's `print_trainable_parameters` counts it.
+
+    Args:
+      model: an nnx module, concrete or abstract.
+
+    Raises:
+      TypeError: not an nnx module.
+      ValueError: it has no weight.
+
+    Example:
+      >>> import q4jax
+      >>> from flax import nnx
+      >>> model = q4jax.quantize_model(nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0)))
+      >>> print(q4jax.trainable_parameters(q4jax.add_lora(model, rank=8, alpha=16)))
+      trainable params: 4,096 || all params: 69,632 || trainable%: 5.8824
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    layers: dict[str, int] = {}
+    for path, variable in params:
+        if isinstance(variable, nnx.LoRAParam):
+            at = ".".join(map(str, path[:-1]))
+            layers[at] = layers.get(at, 0) + int(np.prod(variable.shape))
+    dense = sum(int(np.prod(variable.shape)) for _, variable in params)
+    total = dense + sum(int(np.prod(weight.quant_state.shape)) for weight in _weights(model))
+    if not total:
+        raise ValueError("the model has no weight")
+    return TrainableReport(sum(layers.values()) or dense, total, layers)
+
+
+def memory_report(model: Any) -> MemoryReport:
+    """Bytes by part, bits per weight and trainable counts of an nnx model.
+
+    A Variable that is shared counts once. Bytes are those of the logical arrays, so on a mesh
+    they are summed over shards, with replicas counted once.
+
+    Args:
+      model: an nnx module, concrete or abstract.
+
+    Raises:
+      TypeError: not an nnx module.
+
+    Example:
+      >>> import q4jax
+      >>> from flax import nnx
+      >>> model = q4jax.quantize_model(nnx.Linear(1024, 1024, rngs=nnx.Rngs(0)))
+      >>> print(q4jax.memory_report(model))
+      4-bit codes                 0.524 MB
+      4-bit scales                0.017 MB
+      full precision: bias        0.004 MB
+      total                       0.545 MB
+      before quantization         4.198 MB
+      1,048,576 of 1,049,600 weights in 4 bits, 4.127 bits each; 1,024 trainable
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    code_bytes = scale_bytes = lora_bytes = quantized = original = other = lora = params = 0
+    other_bytes: dict[str, int] = {}
+    for weight in _weights(model):
+        state = weight.quant_state
+        size = int(np.prod(state.shape))
+        quantized += size
+        original += size * state.dtype.itemsize
+        code_bytes += _nbytes(weight.packed)
+        scale_bytes += sum(map(_nbytes, jax.tree.leaves(state, is_leaf=is_variable)))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if isinstance(variable, Frozen4bit):
+            continue
+        size = int(np.prod(variable.shape))
+        if isinstance(variable, nnx.LoRAParam):
+            lora_bytes += _nbytes(variable)
+            lora += size
+            continue
+        other += size
+        params += size if isinstance(variable, nnx.Param) else 0
+        part = str(path[0])
+        other_bytes[part] = other_bytes.get(part, 0) + _nbytes(variable)
+    return MemoryReport(
+        code_bytes, scale_bytes, other_bytes, lora_bytes, quantized, original, other, lora or params
+    )
+
+
+def _weights(model: nnx.Module) -> list[Params4bit]:
+    """Every 4-bit weight, a shared one once."""
+    found: dict[int, Params4bit] = {}
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Params4bit):
+            found.setdefault(id(node.packed), node)
+    return list(found.values())
+
+
+def _nbytes(variable: Any) -> int:
+    return int(np.prod(variable.shape)) * variable.dtype.itemsize

@@ -1,0 +1,1 @@
+"""The implementation "xla": every op in plain XLA, on any platform."""

@@ -1,0 +1,266 @@
+"""`benchmarks/gpu.py` without a GPU: the flow, what it writes, and that its checks can fail."""
+
+import json
+import types
+
+import jax
+import pytest
+from gpubench import bench, clock, device, goals, report, run, timings, tune
+
+from q4jax.gpu import tiles
+from q4jax.pallas import matmul as linear
+
+TILE = tiles.Tile(32, 32, 64, 4, 2)
+ROW_KEYS = {
+    "operation", "n", "k", "m", "us", "way", "floor_us", "floor_is", "fraction_of_floor",
+    "share_of_copy_bandwidth", "against", "goals",
+}  # fmt: skip
+
+
+@pytest.fixture
+def fresh():
+    """What is traced within a test is neither taken from another nor left to one."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("fresh")
+def test_dry_run(tmp_path, capsys):
+    assert run.main(["--dry-run", "--out", str(tmp_path), "--threads", "2"]) == 0
+    assert capsys.readouterr().out.count("figures mean nothing") == 2
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["dry_run"]
+    assert results["about"]["versions"]["jax"] == jax.__version__
+    check = results["checks"]["pallas_interpret"]
+    assert (check["run"], check["failures"], check["refused"]) == (7, [], [])
+    assert set(results["rates"]) == {"copy_bytes_per_second", "bf16_flop_per_second"}
+    assert results["clock"]["kind"] == "wall"
+    assert not results["dropped"]
+    assert not results["timing_failures"]
+    rows = {(row["operation"], row["m"]): row for row in results["rows"]}
+    products = [(name, m) for name in ("linear", "transposed") for m in (1, 5)]
+    assert set(rows) == {*products, ("dequantize", 0), ("quantize", 0)}
+    for row in rows.values():
+        assert set(row) == ROW_KEYS
+        assert min(row["us"].values()) > 0
+        assert set(row["fraction_of_floor"]) == set(row["us"])
+    others = {"dense", "dequantize + dot", "xla"}
+    assert set(rows["linear", 5]["against"]) == others
+    assert set(rows["transposed", 1]["against"]) == {*others, "dense by XLA"}
+    [goal] = rows["linear", 1]["goals"]
+    assert (goal["metric"], goal["floor"], goal["aim"]) == ("x dense", 2.2, 2.7)
+    assert goal["verdict"] in ("aim", "floor", "missed")
+    assert {line["regime"] for line in results["summary"]} >= {"dequantize", "linear, M = 1"}
+    table = (tmp_path / "table.md").read_text()
+    assert "mean nothing" in table
+    assert "| 64 x 128 | 5 | pallas_interpret |" in table
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("fresh")
+def test_a_wrong_kernel_is_named_and_red(tmp_path, monkeypatch, capsys):
+    right = linear.linear
+
+    def wrong(*args, **kwargs):
+        y = right(*args, **kwargs)
+        return y.at[-1, -1].add(1)
+
+    monkeypatch.setattr(linear, "linear", wrong)
+    arguments = ["--dry-run", "--check-only", "--out", str(tmp_path), "--threads", "2"]
+    assert run.main(arguments) == 1
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    failures = results["checks"]["pallas_interpret"]["failures"]
+    assert {failure["operation"] for failure in failures} == {"linear"}
+    assert len(failures) == 3
+    assert "outside the bound" in failures[0]["reason"]
+    assert "FAILED linear nf4 bfloat16 b64 nested [24, 128] M=3" in capsys.readouterr().out
+    assert "rows" not in results
+
+
+def fake_bench(left=100.0):
+    budget = types.SimpleNamespace(left=lambda: left, spent=lambda: left <= 0)
+    return types.SimpleNamespace(kernels="pallas", budget=budget)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        timings, "_measure", lambda bench, batch, times: batches.extend(batch) or []
+    )
+    rows = [goals.Row("linear", 64, 128, 8), goals.Row("transposed", 64, 128, 8)]
+    timings.measure_rows(fake_bench(), rows, ["triton"], {("pallas", "linear")})
+    assert batches == [
+        (rows[0], ["dense", "triton", "dequantize + dot"]),
+        (rows[1], ["dense", "pallas", "triton", "dequantize + dot"]),
+        (rows[0], ["xla"]),
+        (rows[1], ["xla"]),
+    ]
+    batches.clear()
+    timings.measure_rows(fake_bench(), rows[1:], [], {("pallas", "dequantize")})
+    assert batches == [(rows[1], ["dense", "pallas"]), (rows[1], ["xla"])]
+
+
+def test_what_time_does_not_allow_is_named():
+    rows = [goals.Row("linear", 64, 128, 8)]
+    times, dropped, failures = timings.measure_rows(fake_bench(left=0.0), rows, [], set())
+    assert (times, failures) == ({}, [])
+    assert dropped == [f"{rows[0]}: dense, pallas, dequantize + dot", f"{rows[0]}: xla"]
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(device, "gpu", lambda: None)
+    assert run.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_dry_run_leaves_no_results_and_no_table_behind(capsys):
+    assert run.main(["--dry-run"]) == 2
+    assert run.main(["--dry-run", "--out", "x", "--tune"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_order_of_rows():
+    rows = goals.rows()
+    assert len(rows) == len(set(rows)) == 7 * (13 * 2 + 2)
+    assert rows[0] == goals.Row("linear", 4096, 4096, 1)
+    assert rows.index(goals.Row("linear", 28672, 8192, 1)) < 10
+    assert rows[-1] == goals.Row("transposed", 4096, 11008, 2)
+
+
+@pytest.mark.parametrize(
+    ("m", "floor", "aim"), [(1, 2.2, 2.7), (16, 2.0, 3.0), (64, 1.0, 1.5), (4096, 0.95, 0.98)]
+)
+def test_goals_against_the_dense_product(m, floor, aim):
+    goal = goals.goals(goals.Row("linear", 4096, 4096, m), 2**23)[0]
+    assert (goal.metric, goal.floor, goal.aim) == (goals.DENSE, floor, aim)
+    assert [goal.verdict(v) for v in (floor - 0.01, floor, aim)] == ["missed", "floor", "aim"]
+
+
+def test_goal_of_bandwidth_is_for_large_weights():
+    row = goals.Row("linear", 28672, 8192, 1)
+    assert goals.BANDWIDTH in [goal.metric for goal in goals.goals(row, 2**27)]
+    assert goals.BANDWIDTH not in [goal.metric for goal in goals.goals(row, 2**23)]
+    assert [goal.metric for goal in goals.goals(goals.Row("linear", 64, 64, 256), 2**20)] == [
+        goals.BITSANDBYTES
+    ]
+
+
+def profile(*lines):
+    """Planes as the profiler gives them: lines are (name, [(start, duration), ...])."""
+    event = types.SimpleNamespace
+    made = [
+        event(name=name, events=[event(start_ns=s, duration_ns=d) for s, d in events])
+        for name, events in lines
+    ]
+    host = event(name="/host:CPU", lines=[event(name="python", events=[made[0].events[0]])])
+    return event(planes=[host, event(name="/device:GPU:0", lines=made)])
+
+
+def test_times_from_a_profile():
+    second = int(2e7)
+    stream = [(0, 10), (20, 10), (40, 10), (60, 30), (second, 5), (second + 3, 4)]
+    recorded = profile(("XLA Ops", [(0, 1000)]), ("Stream #7(Compute)", stream))
+    first, last = clock.split(clock.kernel_intervals(recorded), 2)
+    assert clock.busy(first) == 60
+    assert clock.busy(last) == 7
+    assert clock.median_busy(first, 2) == 30
+    assert clock.median_busy(first, 3) == 20
+    with pytest.raises(ValueError, match="2 groups of kernels, not 3"):
+        clock.split(clock.kernel_intervals(recorded), 3)
+
+
+@pytest.mark.skipif(device.gpu() is not None, reason="there is something to record on a GPU")
+def test_without_kernels_in_the_profile_the_wall_clock_is_taken():
+    job = clock.Job("key", lambda x, w: x @ w, jax.numpy.eye(4), [jax.numpy.eye(4)], 1.0)
+    job.plan(run_us=1, most_calls=1)
+    job.compile()
+    timer = clock.Clock(job, rounds=2)
+    assert timer.kind == "wall"
+    assert timer.reason == "ValueError: the profiler recorded 0 groups of kernels, not 1"
+
+
+def test_what_was_measured_survives_an_error(monkeypatch):
+    def measure(bench, batch, times):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(timings, "_measure", measure)
+    row = goals.Row("quantize", 64, 128)
+    _, dropped, failures = timings.measure_rows(fake_bench(), [row], [], set())
+    assert (dropped, failures) == ([], [{"case": str(row), "reason": "RuntimeError: no memory"}])
+
+
+def test_the_program_calls_the_operation_on_each_weight():
+    job = clock.Job("key", lambda x, w: x @ w, jax.numpy.eye(4), [], 1.0)
+    job.weights = [jax.numpy.full((4, 4), i) for i in (1.0, 2.0)]
+    job.plan(run_us=20, most_calls=4)
+    assert (job.calls, job.trips) == (4, 5)
+    job.compile()
+    assert job.error is None
+    assert [float(y[0, 0]) for y in job.run()] == [1, 2, 1, 2]
+    [us] = clock.Clock(rounds=2).microseconds([job])
+    assert us > 0
+
+
+def test_a_failure_of_compilation_is_kept():
+    job = clock.Job("key", lambda x, w: x @ w, jax.numpy.eye(4), [jax.numpy.eye(3)], 1.0)
+    job.plan(run_us=1, most_calls=1)
+    job.compile()
+    assert job.error.startswith("TypeError: ")
+
+
+def test_each_call_waits_for_the_one_before():
+    """In what a GPU is given; XLA's CPU compiler drops the barriers and merges the products."""
+    x, w = jax.numpy.ones((2, 64)), jax.numpy.ones((64, 64))
+    program = jax.jit(clock.chain(lambda x, w: x @ w, calls=6, trips=3))
+    text = program.trace(x, [w, w + 1]).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.optimization_barrier") == 6
+    assert text.count("stablehlo.dot_general") == 1  # in a function that is called six times
+
+
+def test_a_tile_is_tried_without_being_in_the_table():
+    chosen = tiles.choose("linear", 8, (64, 128), "bfloat16")
+    with tiles.override(TILE):
+        tried = tiles.choose("linear", 8, (64, 128), "bfloat16")
+    assert (tried.m, tried.n, tried.k, tried.warps) == (32, 32, 64, 4)
+    assert chosen == tiles.choose("linear", 8, (64, 128), "bfloat16") != tried
+
+
+def test_table_is_written_as_it_is_laid_out(tmp_path):
+    table = json.loads(tune.TABLE.read_text())
+    tune.save(table, tmp_path / "tiles.json")
+    assert (tmp_path / "tiles.json").read_text() == tune.TABLE.read_text()
+    assert tiles.crossover("linear", "bfloat16") == table["crossover"]["linear"]["16 bits"]
+
+
+@pytest.mark.parametrize("operation", ["linear", "transposed"])
+@pytest.mark.parametrize("dtype_class", ["16 bits", "float32"])
+@pytest.mark.parametrize("last_m", [16, 32, 64, 2**20])
+def test_grids_are_small_and_serve_their_rows(operation, dtype_class, last_m):
+    found = tune.grid(operation, dtype_class, last_m)
+    assert 4 <= len(found) <= 40
+    assert len(found) == len(set(found))
+    assert all(tile.m >= min(last_m, 32) for tile in found)
+
+
+def test_pytorch_missing_is_said(monkeypatch):
+    done = types.SimpleNamespace(stdout="", stderr="Traceback\nModuleNotFoundError: no torch\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **kwargs: done)
+    means = types.SimpleNamespace(
+        weights=types.SimpleNamespace(cache_bytes=1), clock=clock.Clock(), budget=None
+    )
+    about, times = bench.torch_peer([], means, 1)
+    assert (about["unavailable"], times) == ("ModuleNotFoundError: no torch", {})
+
+
+def test_table_names_failures():
+    failure = {"case": "linear nf4", "reason": "3 of 480 outside"}
+    results = {
+        "about": {"device": "GPU", "date": "today", "python": "3", "versions": {"jax": "1"}},
+        "dry_run": False,
+        "checks": {"pallas": {"run": 2, "failures": [failure]}, "triton": {"unavailable": "no"}},
+    }
+    text = report.table(results)
+    assert "- `pallas`: 2 checks, 1 failed\n  - linear nf4: 3 of 480 outside\n" in text
+    assert "- `triton` is not available: no" in text

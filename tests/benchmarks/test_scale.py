@@ -1,0 +1,25 @@
+"""docs/scaling.md shows what `benchmarks/scale.py` measured, and the formula describes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from scale import table  # benchmarks/ is on the path by conftest.py
+
+ROOT = Path(__file__).parents[2]
+REPORT = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
+
+
+def test_the_table_is_that_of_the_results():
+    assert table(REPORT["rows"]) in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize("row", REPORT["rows"], ids=lambda row: f"{row['model']} {row['mesh']}")
+def test_the_compiled_programs_are_those_of_the_formula(row):
+    assert row["arguments"] == pytest.approx(row["formula"]["arguments"], rel=0.02)
+    assert row["moved"] <= 1.05 * row["formula"]["moved"]
+
+
+def test_70b_fits_eight_devices_of_80_gb():
+    row = next(r for r in REPORT["rows"] if r["model"] == "70b" and r["devices"] == 8)
+    assert row["arguments"] + row["temporary"] < 40e9, "with half of it left for activations"

@@ -1,0 +1,5 @@
+"""Fixtures of the tests below."""
+
+from tests.support.tiny_llama import config, forward, input_ids, model, relative
+
+__all__ = ["config", "forward", "input_ids", "model", "relative"]

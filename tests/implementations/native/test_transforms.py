@@ -1,0 +1,129 @@
+"""The kernels under every transformation, through the public functions."""
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+import q4jax
+from q4jax.native import implementation
+from tests.support.native_kernels import assert_product, in_use
+from tests.support.random_arrays import normal, random_weight
+
+pytestmark = in_use
+
+
+def matmul(x, weight, bias=None):
+    return q4jax.matmul_4bit(x, weight, bias=bias, implementation="native")
+
+
+def test_named_and_preferred_agree():
+    weight, x = random_weight((96, 128)), normal(1, 3, 128)
+    np.testing.assert_array_equal(matmul(x, weight), q4jax.matmul_4bit(x, weight))
+
+
+def test_gradients():
+    weight, x, bias = random_weight((96, 128)), normal(1, 5, 128), normal(2, 96)
+    y, vjp = jax.vjp(lambda x, b: matmul(x, weight, b), x, bias)
+    dx, dbias = vjp(y)
+    w = weight.dequantize(implementation="xla")
+    assert_product(y, x, w, bias)
+    assert_product(dx, y, w.T)
+    np.testing.assert_allclose(dbias, y.sum(0), rtol=1e-5)
+    check_grads(
+        lambda x: jnp.tanh(matmul(x, weight) / 8), (x,), order=2, modes=["rev"], rtol=2e-2, eps=1e-2
+    )
+
+
+@pytest.mark.parametrize("batched", ["x", "weight", "both"])
+def test_vmap(batched):
+    experts = jax.vmap(lambda w: q4jax.Params4bit.quantize(w, 64, True, "nf4"))(
+        normal(0, 3, 24, 64)
+    )
+    x = normal(1, 3, 5, 64)
+    one = jax.tree.map(lambda a: a[1], experts)
+    axes = {"x": (0, None), "weight": (None, 0), "both": (0, 0)}[batched]
+    args = x if axes[0] == 0 else x[0], experts if axes[1] == 0 else one
+    y = jax.jit(jax.vmap(matmul, axes))(*args)
+    for i in range(3):
+        weight = jax.tree.map(lambda a, i=i: a[i], experts) if axes[1] == 0 else one
+        assert_product(y[i], x[i] if axes[0] == 0 else x[0], weight.dequantize())
+
+
+def test_scan_over_layers():
+    layers = [random_weight((64, 64)), random_weight((64, 64), 64, True, "nf4")]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    x = normal(1, 2, 64)
+    last, _ = jax.lax.scan(lambda x, w: (matmul(x, w) / 8, None), x, stacked)
+    expected = matmul(matmul(x, layers[0]) / 8, layers[1]) / 8
+    np.testing.assert_allclose(last, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shard_map(check_vma):
+    weight, x = random_weight((96, 128)), normal(1, 4, 128)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        lambda x: matmul(x, weight),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    np.testing.assert_array_equal(jax.jit(sharded)(x), matmul(x, weight))
+
+
+def test_export_names_the_calls():
+    """An exported program needs the kernels where it runs, which its maker has to say."""
+    weight, x = random_weight((96, 128)), normal(1, 3, 128)
+    leaves, treedef = jax.tree.flatten(weight)
+
+    def apply(x, leaves):
+        return matmul(x, jax.tree.unflatten(treedef, leaves))
+
+    with pytest.raises(ValueError, match="q4jax_linear"):
+        jax.export.export(jax.jit(apply))(x, leaves)
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("q4jax_linear")]
+    exported = jax.export.export(jax.jit(apply), disabled_checks=allowed)(x, leaves)
+    np.testing.assert_array_equal(exported.call(x, leaves), matmul(x, weight))
+
+
+def test_calls_from_many_threads():
+    """Each with a size of its own, so that none can be right by another's result."""
+    weight = random_weight((640, 1024), 64, False)
+    w = weight.dequantize(implementation="xla")
+    run = jax.jit(matmul)
+    inputs = [normal(i, m, 1024) for i, m in enumerate((1, 4, 16, 33, 1, 4, 16, 33))]
+    expected = [np.asarray(run(x, weight)) for x in inputs]
+    for x, y in zip(inputs, expected, strict=True):
+        assert_product(y, x, w)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            for found, y in zip(pool.map(lambda x: run(x, weight), inputs), expected, strict=True):
+                np.testing.assert_array_equal(found, y)
+
+
+def test_what_is_not_served_is_left_to_xla():
+    flat = random_weight((24, 40))
+    x = normal(1, 3, 40)
+    with pytest.raises(NotImplementedError, match="'native' does not serve"):
+        matmul(x, flat)
+    assert_product(q4jax.matmul_4bit(x, flat), x, flat.dequantize())
+
+
+def test_the_table_decides(monkeypatch):
+    monkeypatch.setattr(
+        implementation, "_table", lambda: {"avx2": {"linear": {"float32": 4}}, "portable": {}}
+    )
+    weight = random_weight((96, 128))
+    spec = weight.quant_state.spec
+    faster = implementation.where_faster
+    if q4jax.native.status().isa == "avx2":
+        faster.linear(normal(1, 4, 128), weight.arrays, None, spec=spec)
+    for refused in (normal(1, 5, 128), normal(1, 4, 128, dtype="bfloat16")):
+        with pytest.raises(NotImplementedError, match="XLA is faster at linear"):
+            faster.linear(refused, weight.arrays, None, spec=spec)

@@ -1,0 +1,285 @@
+"""How the kernels behave as part of jax programs, and what is refused."""
+
+import importlib
+import re
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import q4jax
+from q4jax import Params4bit
+from q4jax.gpu import requirements as backend
+from q4jax.gpu import tiles
+from q4jax.pallas import implementation as operations
+from tests.implementations.pallas.test_kernels import QUICK, assert_product, normal
+from tests.support import oracle
+
+KERNELS = {"implementation": "pallas_interpret"}
+GPU = {"implementation": "pallas"}
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return Params4bit.quantize(normal(0, 70, 192), 64, True, "nf4")
+
+
+def lower_for_gpu(function, *args, kind="NVIDIA H200"):
+    """The program as a GPU would get it; no GPU is needed, nor a plugin for one."""
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="cuda")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_gradients_are_those_of_the_rounded_weight(weight):
+    x, bias = normal(1, 5, 192, dtype="bfloat16"), normal(2, 70)
+    w = np.asarray(weight.dequantize("bfloat16"))
+    y, vjp = jax.vjp(lambda x, b: q4jax.matmul_4bit(x, weight, bias=b, **KERNELS), x, bias)
+    assert_product(y, x, w, bias)
+    dx, dbias = vjp(y)
+    assert_product(dx, y, w.T)
+    np.testing.assert_allclose(dbias, np.asarray(y).astype(np.float32).sum(0), rtol=1e-6)
+
+
+def test_second_order(weight):
+    x = normal(1, 3, 192)
+
+    def loss(x, **kwargs):
+        return (q4jax.matmul_4bit(x, weight, **kwargs) ** 2).sum()
+
+    def gradient_of_norm(**kwargs):
+        return jax.grad(lambda x: (jax.grad(loss)(x, **kwargs) ** 2).sum())(x)
+
+    found, expected = gradient_of_norm(**KERNELS), gradient_of_norm()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_vmap_over_stacked_weights_and_scan():
+    w = normal(0, 3, 40, 64)
+    stacked = jax.vmap(lambda w: Params4bit.quantize(w, 64, True, "nf4"))(w)
+    x = normal(1, 3, 4, 64)
+    weights = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(3)]
+    expected = [q4jax.matmul_4bit(x[i], weights[i]) for i in range(3)]
+    mapped = jax.vmap(lambda x, weight: q4jax.matmul_4bit(x, weight, **KERNELS))(x, stacked)
+    np.testing.assert_allclose(mapped, jnp.stack(expected), rtol=2e-5, atol=2e-5)
+    shared = jax.vmap(lambda x: q4jax.matmul_4bit(x, weights[0], **KERNELS))(x)
+    np.testing.assert_allclose(shared[0], expected[0], rtol=2e-5, atol=2e-5)
+    _, scanned = jax.lax.scan(
+        lambda _, xs: (None, q4jax.matmul_4bit(*xs, **KERNELS)), None, (x, stacked)
+    )
+    np.testing.assert_array_equal(scanned, mapped)
+    np.testing.assert_array_equal(
+        q4jax.dequantize_4bit(stacked, **KERNELS), q4jax.dequantize_4bit(stacked)
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_joint_weights(nested):
+    w = normal(0, 3, 20, 64)
+    packed, state = q4jax.quantize_4bit(w, 64, nested, "fp4", **KERNELS)
+    expected = q4jax.quantize_4bit(w, 64, nested, "fp4")
+    jax.tree.map(np.testing.assert_array_equal, (packed, state), expected)
+    np.testing.assert_array_equal(
+        q4jax.dequantize_4bit(packed, state, **KERNELS), q4jax.dequantize_4bit(packed, state)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize_at_the_ends_of_the_range(quant_type, dtype):
+    """Blocks of zeros, of subnormal numbers, too large for a reciprocal, and not finite."""
+    rows = normal(0, 9, 64, dtype=dtype)
+    factors = [0, 1e-40, 2e-38, 1e-30, 1, 1e30, 6e37, 1.3e38, 3e38]
+    w = np.array(rows).astype(np.float32) * 0.25 * np.float32(factors)[:, None]
+    w[4, 3], w[5, 0], w[5, 1], w[6, 9] = np.nan, np.inf, -np.inf, -np.inf
+    w = jnp.asarray(w.astype(oracle.DTYPES[dtype]))
+    settings = {"quant_type": quant_type, "check_finite": False}
+    found = q4jax.quantize_4bit(w, **settings, **KERNELS)
+    expected = q4jax.quantize_4bit(w, **settings)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert oracle.same_bits(found[1].absmax, expected[1].absmax)
+    packed, absmax = oracle.quantize(w[np.r_[:4, 7:9]], quant_type, 64)
+    np.testing.assert_array_equal(np.asarray(found[0])[np.r_[:4, 7:9]].ravel(), packed)
+    np.testing.assert_array_equal(np.asarray(found[1].absmax)[np.r_[:4, 7:9]].ravel(), absmax)
+
+
+def test_values_on_thresholds_take_the_lower_code():
+    from q4jax import codebooks
+
+    for quant_type, thresholds in codebooks.THRESHOLDS.items():
+        up = np.nextafter(thresholds, np.float32(2))
+        row = np.concatenate([[1], thresholds, up, np.zeros(33)]).astype(np.float32)[None]
+        found, _ = q4jax.quantize_4bit(jnp.asarray(row), 64, False, quant_type, **KERNELS)
+        expected, _ = oracle.quantize(row, quant_type, 64)
+        np.testing.assert_array_equal(np.asarray(found).ravel(), expected)
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])
+def test_no_rows(weight, lead):
+    y, vjp = jax.vjp(lambda x: q4jax.matmul_4bit(x, weight, **KERNELS), jnp.zeros((*lead, 192)))
+    assert y.shape == (*lead, 70)
+    assert vjp(y)[0].shape == (*lead, 192)
+
+
+def test_a_layer_takes_the_implementation():
+    from flax import nnx
+
+    model = nnx.Linear(64, 40, rngs=nnx.Rngs(0))
+    found = q4jax.Linear4bit.from_linear(model, quant_type="nf4", implementation="pallas_interpret")
+    expected = q4jax.Linear4bit.from_linear(model, quant_type="nf4")
+    x = normal(1, 3, 64)
+    np.testing.assert_allclose(found(x), expected(x), rtol=1e-5, atol=1e-5)
+    gradient = nnx.grad(lambda m, x: (m(x) ** 2).sum())(found, x)
+    assert {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(gradient)} == {"bias"}
+
+
+CALLS = {
+    "quantize_4bit": lambda weight, **kw: q4jax.quantize_4bit(jnp.ones((4, 64)), **kw),
+    "dequantize_4bit": lambda weight, **kw: q4jax.dequantize_4bit(weight, **kw),
+    "matmul_4bit": lambda weight, **kw: q4jax.matmul_4bit(jnp.ones((2, 192)), weight, **kw),
+    "gradient": lambda weight, **kw: jax.grad(lambda x: q4jax.matmul_4bit(x, weight, **kw).sum())(
+        jnp.ones((2, 192))
+    ),
+}
+
+
+# The one result that has the size of a weight.
+RESULT = dict.fromkeys(CALLS, "-") | {"dequantize_4bit": "tensor<70x192xf32>"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_without_a_gpu(weight, name, jit):
+    call = (
+        (lambda w: CALLS[name](w, **GPU)) if not jit else jax.jit(lambda w: CALLS[name](w, **GPU))
+    )
+    with pytest.raises(NotImplementedError) as error:
+        call(weight)
+    message = str(error.value)
+    assert message.startswith("implementation='pallas' runs on NVIDIA GPUs and this program is for")
+    assert "cpu" in message and "'xla'" in message and "'pallas_interpret'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_call_lowers_for_a_gpu(weight, name):
+    """From this machine, which has none; and jax's notice about its Triton backend stays inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = lower_for_gpu(lambda w: CALLS[name](w, **GPU), weight)
+    kernel = (
+        name.removesuffix("_4bit").replace("matmul", "linear").replace("gradient", "transposed")
+    )
+    assert f"q4jax_{kernel}" in text
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert not re.search(r"tensor<(70x192|192x70)x(f32|bf16)>", text.replace(RESULT[name], ""))
+
+
+def test_under_vmap_for_a_gpu():
+    w = normal(0, 3, 64, 128)
+    stacked = jax.vmap(lambda w: Params4bit.quantize(w, 64, True, "nf4"))(w)
+    mapped = jax.vmap(lambda x, weight: q4jax.matmul_4bit(x, weight, **GPU))
+    text = lower_for_gpu(mapped, normal(1, 3, 4, 128, dtype="bfloat16"), stacked)
+    assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def test_none_takes_xla_on_a_gpu(weight):
+    """Until the ledger in docs/gpu.md has seen the kernels right on hardware."""
+    text = lower_for_gpu(lambda w: CALLS["matmul_4bit"](w), weight)
+    assert "triton" not in text
+
+
+def test_none_takes_a_verified_kernel(weight, monkeypatch):
+    """On a GPU of the ledger, up to the crossover, and without noise for a call that the kernels
+    cannot serve; on another platform never."""
+    gpu = types.SimpleNamespace(
+        platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200", id=0
+    )
+    monkeypatch.setattr(operations.jax, "devices", lambda: [gpu])
+    flat = Params4bit.quantize(normal(0, 70, 192), 128, False, "nf4")
+
+    def kernels(weight, rows=2):
+        jax.clear_caches()
+        call = lambda w: q4jax.matmul_4bit(jnp.ones((rows, 192)), w)  # noqa: E731
+        return lower_for_gpu(call, weight).count("__gpu$xla.gpu.triton")
+
+    assert kernels(weight) == 0
+    monkeypatch.setattr(tiles, "verified", lambda: ("NVIDIA H200",))
+    assert kernels(weight) == 1
+    most = tiles.crossover("linear", "float32")
+    assert (kernels(weight, most), kernels(weight, most + 1)) == (1, 0)
+    assert kernels(flat) == 0
+    assert_product(jax.jit(CALLS["matmul_4bit"])(weight), jnp.ones((2, 192)), weight.dequantize())
+    monkeypatch.setattr(tiles, "verified", lambda: ("NVIDIA A100",))
+    assert kernels(weight) == 0
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "pallas_interpret"])
+def test_blocks_that_cross_rows(implementation):
+    flat = Params4bit.quantize(normal(0, 70, 192), 128, False, "nf4")
+    expected = (
+        rf"implementation='{implementation}' needs rows that are whole blocks; the last axis of "
+        r"\(70, 192\) is not a multiple of blocksize 128"
+    )
+    for call in (
+        lambda: q4jax.dequantize_4bit(flat, implementation=implementation),
+        lambda: q4jax.matmul_4bit(jnp.ones((2, 192)), flat, implementation=implementation),
+        lambda: q4jax.quantize_4bit(jnp.ones((70, 192)), 128, implementation=implementation),
+    ):
+        with pytest.raises(NotImplementedError, match=expected):
+            call()
+
+
+@pytest.mark.parametrize("capability", ["7.5", "6.0"])
+def test_an_old_gpu(weight, monkeypatch, capability):
+    old = types.SimpleNamespace(
+        platform="gpu", compute_capability=capability, device_kind="Tesla T4"
+    )
+    monkeypatch.setattr(backend.jax, "devices", lambda: [old])
+    with pytest.raises(NotImplementedError, match=f"8.0 .Ampere.*Tesla T4 has {capability}; 'xla'"):
+        CALLS["matmul_4bit"](weight, **GPU)
+
+
+def test_a_jax_without_the_triton_backend(weight, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    backend.triton.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(NotImplementedError, match="needs Pallas's Triton backend, which jax"):
+        backend.triton("pallas")
+    monkeypatch.undo()
+    assert backend.triton() is not None
+
+
+def test_tiles():
+    """Every M has a tile; sums are split only where there are too few programs, and none idles."""
+    for operation in ("linear", "transposed"):
+        for dtype in ("float32", "bfloat16"):
+            for m in (1, 16, 17, 64, 100, 4096, 10**7):
+                for shape in ((4096, 4096), (70, 64), (28672, 8192)):
+                    tile = tiles.choose(operation, m, shape, dtype)
+                    summed, step = (
+                        (shape[1], tile.k) if operation == "linear" else (shape[0], tile.n)
+                    )
+                    steps = -(-summed // step)
+                    assert 1 <= tile.splits <= steps
+                    assert (tile.splits - 1) * -(-steps // tile.splits) < steps
+    assert tiles.choose("linear", 1, (4096, 4096), "bfloat16").splits > 1
+    assert tiles.choose("linear", 4096, (4096, 4096), "bfloat16").splits == 1
+
+
+def test_results_do_not_depend_on_the_run(weight):
+    """Split sums are added in one order."""
+    big = Params4bit.quantize(normal(0, 70, 4096), 64, True, "nf4")
+    x = normal(1, 3, 4096)
+    assert tiles.choose("linear", 3, (70, 4096), "float32").splits > 1
+    call = jax.jit(lambda x: q4jax.matmul_4bit(x, big, **KERNELS)).lower(x).compile(QUICK)
+    np.testing.assert_array_equal(call(x), call(x))
+    assert_product(call(x), x, np.asarray(big.dequantize()))

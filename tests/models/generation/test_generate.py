@@ -1,0 +1,198 @@
+"""Generation equals the naive loop, stops and pads, draws as asked, and compiles once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import q4jax.models.llama
+from q4jax.models.generation import generate
+from q4jax.models.llama.kv_cache import KVCache
+
+
+def naive(model, ids, steps, forward):
+    """Runs the whole text for each token; what lies to the right of it does not count."""
+    start = ids.shape[1]
+    ids = jnp.pad(ids, ((0, 0), (0, steps)))
+    for end in range(start, start + steps):
+        chosen = jnp.argmax(forward(model, ids)[:, end - 1], axis=-1)
+        ids = ids.at[:, end].set(chosen)
+    return ids
+
+
+def test_greedy_equals_the_naive_loop(model, input_ids, forward):
+    out = generate(model, input_ids, 9)
+    assert out.dtype == jnp.int32
+    np.testing.assert_array_equal(out, naive(model, input_ids, 9, forward))
+
+
+def test_left_padding_does_not_change_the_continuation(model, input_ids):
+    ids = jnp.pad(input_ids, ((0, 0), (3, 0)))
+    mask = jnp.pad(jnp.ones_like(input_ids), ((0, 0), (3, 0)))
+    out = generate(model, ids, 9, attention_mask=mask)
+    np.testing.assert_array_equal(out[:, 3:], generate(model, input_ids, 9))
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_stopped_row_is_padded(model, input_ids, as_list):
+    free = np.asarray(generate(model, input_ids, 9))
+    stop = int(free[0, 13])
+    out = generate(
+        model, input_ids, 9, eos_token_id=[stop, 96] if as_list else stop, pad_token_id=5
+    )
+    for row, expected in zip(np.asarray(out), free, strict=True):
+        ends = np.flatnonzero(np.isin(expected[11:], [stop, 96] if as_list else [stop]))
+        end = 11 + ends[0] + 1 if ends.size else expected.size
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        assert (row[end:] == 5).all()
+
+
+def test_padding_defaults_to_the_stop_token(model, input_ids):
+    stop = int(generate(model, input_ids, 1)[0, -1])
+    assert (generate(model, input_ids, 4, eos_token_id=stop)[0, 11:] == stop).all()
+
+
+def test_zero_new_tokens(model, input_ids):
+    np.testing.assert_array_equal(generate(model, input_ids, 0), input_ids)
+
+
+def drawn(model, prompt, **how):
+    """The first new token of 400 draws."""
+    prompts = jnp.tile(prompt[:1], (400, 1))
+    return np.asarray(generate(model, prompts, 1, rng=jax.random.key(3), **how))[:, -1]
+
+
+def test_draws_follow_the_softmax(model, input_ids, forward):
+    probability = np.asarray(jax.nn.softmax(forward(model, input_ids)[0, -1] / 2.0))
+    share = np.bincount(drawn(model, input_ids, temperature=2.0), minlength=97) / 400
+    assert np.abs(share - probability).max() < 4 * np.sqrt(0.25 / 400)
+    assert len(set(drawn(model, input_ids, temperature=2.0))) > 10
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest(model, input_ids, forward):
+    order = np.argsort(-np.asarray(forward(model, input_ids)[0, -1]))
+    assert set(drawn(model, input_ids, temperature=5.0, top_k=3)) == set(order[:3])
+    assert set(drawn(model, input_ids, temperature=5.0, top_p=1e-6)) == {order[0]}
+    probability = np.asarray(jax.nn.softmax(forward(model, input_ids)[0, -1]))[order]
+    count = int(np.searchsorted(np.cumsum(probability), 0.5)) + 1
+    assert set(drawn(model, input_ids, temperature=1.0, top_p=0.5)) <= set(order[:count])
+
+
+def test_draws_repeat_with_the_key(model, input_ids):
+    one, same, other = (
+        generate(model, input_ids, 9, temperature=1.0, rng=jax.random.key(seed))
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The shape of the tokens, each time that the model is traced anew."""
+    found = []
+    original = q4jax.models.llama.Llama.hidden_states
+
+    def counted(self, ids, *args, **kwargs):
+        found.append(ids.shape)
+        return original(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(q4jax.models.llama.Llama, "hidden_states", counted)
+    return found
+
+
+def test_two_programs_serve_lengths_steps_and_settings(model, input_ids, traces):
+    generate(model, input_ids, 17)
+    assert set(traces) == {(2, 16), (2, 1)}
+    seen = len(traces)
+    for prompt in (1, 5, 11, 16):
+        generate(model, jnp.tile(input_ids, 2)[:, :prompt], 24)
+    generate(model, [[1, 2], [3, 4, 5, 6]], 20, eos_token_id=[1, 2, 3], pad_token_id=4)
+    generate(model, input_ids, 18, callback=lambda tokens: None)
+    assert len(traces) == seen
+    for top_k, top_p, temperature in ((3, None, 1.0), (None, 0.5, 2.0), (7, 0.9, 0.5)):
+        key = jax.random.key(top_k or 0)
+        generate(model, input_ids, 17, temperature=temperature, top_k=top_k, top_p=top_p, rng=key)
+    assert len(traces) == 2 * seen
+    generate(model, jnp.tile(input_ids, 2)[:, :17], 17)
+    assert set(traces[2 * seen :]) == {(2, 24), (2, 1)}
+
+
+def test_prompts_of_different_lengths_are_as_each_alone(model, input_ids):
+    prompts = [input_ids[0].tolist(), input_ids[1, :4].tolist(), [7]]
+    together = np.asarray(generate(model, prompts, 6, pad_token_id=3))
+    assert together.shape == (3, 11 + 6)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = np.asarray(generate(model, [prompt], 6))[0]
+        np.testing.assert_array_equal(row[11 - len(prompt) :], alone)
+        assert (row[: 11 - len(prompt)] == 3).all()
+
+
+def test_where_a_prompt_is_padded_does_not_matter(model, input_ids):
+    ids = np.zeros((2, 20), int)
+    mask = np.zeros_like(ids)
+    ids[0, :11], ids[1, 9:] = input_ids[0], input_ids[1]
+    mask[0, :11] = mask[1, 9:] = 1
+    out = generate(model, ids, 5, attention_mask=mask)
+    np.testing.assert_array_equal(out[:, :20], ids)
+    np.testing.assert_array_equal(out[:, 20:], generate(model, input_ids, 5)[:, 11:])
+
+
+def test_the_callback_sees_each_token_once(model, input_ids):
+    free = np.asarray(generate(model, input_ids, 9))[:, 11:]
+    stop = int(free[0, 2])
+    seen = []
+    out = generate(model, input_ids, 9, eos_token_id=stop, pad_token_id=5, callback=seen.append)
+    new = np.asarray(out)[:, 11:]
+    np.testing.assert_array_equal(np.stack(seen, 1), new[:, : len(seen)])
+    assert (new[:, len(seen) :] == 5).all()
+    seen.clear()
+    generate(model, input_ids[:1], 9, eos_token_id=stop, callback=seen.append)
+    assert len(seen) == 1 + np.flatnonzero(free[0] == stop)[0]
+
+
+def test_more_tokens_than_the_cache_holds(model, config, input_ids):
+    cache = KVCache.empty(config, batch=2, capacity=8, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="11 tokens do not fit into a cache of 8 slots, 0 of them"):
+        model.hidden_states(input_ids, cache=cache)
+    _, cache = model.hidden_states(input_ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="4 tokens do not fit .* 8 slots, 5 of them filled"):
+        model.hidden_states(input_ids[:, :4], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature .* -1.0"),
+        ({"temperature": 1.0}, "temperature=1.0 .* rng"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k .* got 0"),
+        ({"temperature": 1.0, "top_k": 98}, "top_k .* vocab_size=97, got 98"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p .* got 0.0"),
+        ({"max_new_tokens": -1}, "max_new_tokens .* -1"),
+        ({"max_new_tokens": 54}, "prompt has 11 .* max_new_tokens=54: 65 .* context of 64"),
+        ({"input_ids": [[1] * 70]}, "prompt has 70 tokens .* context of 64"),
+        ({"input_ids": jnp.zeros((2, 0), int)}, "prompt 0 of input_ids has no tokens"),
+        ({"input_ids": jnp.zeros((0, 2), int)}, "input_ids must hold a prompt, got .0, 2."),
+        ({"input_ids": [[1, 2], []]}, "prompt 1 of input_ids has no tokens"),
+        ({"input_ids": []}, "input_ids must be a list of lists"),
+        ({"input_ids": [1, 2]}, "input_ids must be a list of lists"),
+        ({"input_ids": [[1.5]]}, "input_ids must be integers, got float64"),
+        ({"input_ids": [[1], [5, 97]]}, "prompt 1 must be from 0 to .*=96, got 97"),
+        ({"input_ids": jnp.array([[3, -1]])}, "prompt 0 must be from 0 to .*=96, got -1"),
+        ({"input_ids": [[1]], "attention_mask": jnp.ones((1, 1))}, "must be None for a list"),
+        ({"eos_token_id": [5, 97]}, "eos_token_id must be from 0 to .*=96, got 97"),
+        ({"pad_token_id": -1}, "pad_token_id must be from 0 to .*=96, got -1"),
+        ({"input_ids": jnp.zeros(3, int)}, "input_ids .*3,"),
+        ({"input_ids": jnp.zeros((2, 3))}, "input_ids .* float32"),
+        ({"attention_mask": jnp.ones((2, 3))}, "attention_mask .*2, 3"),
+    ],
+)
+def test_bad_arguments_are_named(model, input_ids, change, message):
+    arguments = {"input_ids": input_ids, "max_new_tokens": 4} | change
+    with pytest.raises(ValueError, match=message):
+        generate(model, **arguments)
+
+
+def test_tokens_out_of_range_are_named_by_the_model(model):
+    with pytest.raises(ValueError, match="input_ids must be from 0 to vocab_size-1=96, got 97"):
+        model(jnp.array([[1, 97]]))

@@ -1,0 +1,90 @@
+"""LlamaConfig reads what transformers 4 and 5 write, and names what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from q4jax.models.llama.config import LlamaConfig, RopeScaling
+
+BASE = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_defaults_follow_hugging_face():
+    config = LlamaConfig.from_hf(BASE)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 32)
+    assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-6)
+    assert config.rope_scaling is None
+    assert not config.tie_word_embeddings
+
+
+def test_reads_the_rope_of_transformers_4_and_5():
+    four = LlamaConfig.from_hf(BASE | {"rope_theta": 5e5, "rope_scaling": LLAMA3})
+    five = LlamaConfig.from_hf(BASE | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}})
+    assert four == five
+    assert four.rope_theta == 5e5
+    assert four.rope_scaling == RopeScaling(**LLAMA3)
+
+
+def test_reads_the_old_name_of_the_rope_type():
+    config = LlamaConfig.from_hf(BASE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert config.rope_scaling == RopeScaling("linear", 2.0)
+
+
+def test_reads_what_transformers_wrote():
+    file = Path(__file__).parents[2] / "golden" / "llama_tiny_bnb4" / "config.json"
+    config = LlamaConfig.from_hf(json.loads(file.read_text()))
+    assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 32, 320)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.0), RopeScaling(**LLAMA3)])
+def test_to_hf_round_trip(config, scaling):
+    import dataclasses
+
+    config = dataclasses.replace(config, rope_scaling=scaling, mlp_bias=True, rope_theta=5e5)
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ],
+)
+def test_unsupported_features_are_named(change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        LlamaConfig.from_hf(BASE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs .'factor'."),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ],
+)
+def test_wrong_values_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_hf(BASE | change)

@@ -1,0 +1,34 @@
+"""Weights that a name, a shape and a seed determine: what the vectors are made with."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+VECTORS = Path(__file__).parents[1] / "models" / "vectors"
+CASES = sorted(file.stem for file in VECTORS.glob("*.safetensors"))
+
+
+def random_weights(shapes, seed):
+    """float32 arrays by name: norm scales around 1, all else around 0."""
+    found = {}
+    for name, shape in shapes.items():
+        values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+        scaled = 1 + 0.3 * values if name.endswith("norm.weight") else 0.2 * values
+        found[name] = scaled.astype(np.float32)
+    return found
+
+
+def write_directory(case, folder):
+    """The directory that transformers wrote, with its weights; returns what it computes there."""
+    file = VECTORS / f"{case}.safetensors"
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    weights = random_weights(json.loads(metadata["shapes"]), int(metadata["seed"]))
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(metadata["config"])
+    return load_file(file)
