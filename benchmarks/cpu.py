@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py            # prints the table; writes benchmarks/results/cpu.json, .png
     python benchmarks/cpu.py --quick    # fewer sizes and runs
-    python benchmarks/cpu.py --tune     # measures tile sizes anew; rewrites q4jax/xla_table.json
+    python benchmarks/cpu.py --tune     # measures tile sizes anew; rewrites q4jax/xla/tuning.json
 
 Every figure is a time divided by that of the dense product of the same dtype (for quantize: of a
 fresh copy of the weight), taken in the same run: the candidates take turns, so that a slow moment
@@ -324,7 +324,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="M = 1 and 16 only, 5 runs")
     parser.add_argument(
-        "--tune", action="store_true", help="rewrite q4jax/xla_table.json, then stop"
+        "--tune", action="store_true", help="rewrite q4jax/xla/tuning.json, then stop"
     )
     args = parser.parse_args()
     repeats = 5 if args.quick else args.repeats

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                # checks, then times; writes benchmarks/results/<gpu>/
     python benchmarks/gpu.py --check-only   # every kernel against the reference, no timings
     python benchmarks/gpu.py --quick        # fewer checks, one shape, six M
-    python benchmarks/gpu.py --tune         # tries tiles; rewrites q4jax/pallas/tiles.json
+    python benchmarks/gpu.py --tune         # tries tiles; rewrites q4jax/gpu/tiles.json
     python benchmarks/gpu.py --dry-run --out dry-run   # all of it, tiny, on CPU: no results
 
 Nothing but `pip install -e '.[cuda]'` is needed. matplotlib adds a plot; torch adds cuBLAS as

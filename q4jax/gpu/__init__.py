@@ -1,1 +1,1 @@
-"""What the GPU implementations share: decoding in PTX, tile sizes, CUDA-only calls, requirements."""
+"""What the GPU implementations share: PTX decoding, tile sizes, CUDA-only calls."""

@@ -1,7 +1,7 @@
 """Compiles the kernels for a GPU that need not be there; prints what came out, as JSON.
 
     python -m tests.support.gpu.compile_kernels sm_90
-    python -m tests.support.gpu.compile_kernels sm_90 --loop CELL    # prints the machine code of its loop
+    python -m tests.support.gpu.compile_kernels sm_90 --loop CELL    # the machine code of its loop
 
 Needs the extra `aot`, and a process of its own: the flags count only before jax starts.
 """
