@@ -96,7 +96,7 @@ def with_gradient(forward):
 def naive_matmul(x, packed, absmax):
     """Decode the whole weight with a table lookup, then one dot."""
     codes = jnp.stack([packed >> 4, packed & 15], axis=-1)
-    values = jnp.take(jnp.asarray(codebooks.CODE["nf4"]), codes.astype(jnp.int32))
+    values = jnp.take(jnp.asarray(codebooks.CODEBOOKS["nf4"].values), codes.astype(jnp.int32))
     weight = values.reshape(*absmax.shape, -1) * absmax[..., None]
     return jax.lax.dot_general(x, weight.reshape(packed.shape[0], -1).astype(x.dtype), OUT_IN)
 
@@ -105,7 +105,7 @@ def naive_quantize(w):
     blocks = w.astype(jnp.float32).reshape(-1, BLOCKSIZE)
     absmax = jnp.abs(blocks).max(1)
     scaled = (blocks / absmax[:, None]).reshape(-1)
-    codes = jnp.searchsorted(codebooks.THRESHOLDS["nf4"], scaled).astype(jnp.uint8)
+    codes = jnp.searchsorted(codebooks.CODEBOOKS["nf4"].thresholds, scaled).astype(jnp.uint8)
     return blockwise.pack(codes), absmax
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from q4jax.cli import formats
 from q4jax.cli.table import table
 from q4jax.convert.config import QuantConfig
-from q4jax.core.codebooks import BLOCKSIZES, QUANT_TYPES
+from q4jax.core.codebooks import BLOCKSIZES, CODEBOOKS
 from q4jax.interop.bitsandbytes.weight_keys import CONTAINERS
 from q4jax.interop.huggingface.directory import read_json
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--to", choices=formats.WRITTEN, required=True, help="the form of the target"
     )
-    convert.add_argument("--quantize", choices=QUANT_TYPES, help="quantize linear layers to it")
+    convert.add_argument("--quantize", choices=tuple(CODEBOOKS), help="quantize linear layers")
     convert.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64)
     convert.add_argument("--plain", action="store_true", help="no double quantization")
     convert.add_argument("--skip", action="append", help="a layer to leave alone (lm_head)")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from q4jax.core.codebooks import QUANT_TYPES, QuantType
+from q4jax.core.codebooks import QuantType, check_quant_type
 from q4jax.core.spec import check_blocksize, float_dtype
 
 # transformers' BitsAndBytesConfig, what has no meaning for 4 bits or none after loading.
@@ -50,8 +50,7 @@ class QuantConfig:
     skip: tuple[str, ...] = ("lm_head",)
 
     def __post_init__(self):
-        if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
+        check_quant_type(self.quant_type)
         check_blocksize(self.blocksize)
         if self.dtype is not None:
             float_dtype(self.dtype)

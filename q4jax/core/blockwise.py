@@ -15,14 +15,14 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 
 # Above this, 1 / absmax is subnormal, which XLA flushes to zero.
 LARGEST_RECIPROCAL = 2.0**126
 
 
-class Arrays(NamedTuple):
+class WeightArrays(NamedTuple):
     """The arrays of a quantized weight; the last two are None where statistics are plain."""
 
     packed: Array
@@ -109,12 +109,12 @@ def quantize_flat(w: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Codes and plain scales of a whole weight, both flat: (uint8 [(n+1)//2], float32 [blocks])."""
     flat = w.astype(jnp.float32).ravel()
     scaled, absmax = _scale_blocks(flat, spec.blocksize)
-    interval = _interval(scaled, codebooks.THRESHOLDS[spec.quant_type])
-    codes = jnp.asarray(codebooks.SORTED_CODES[spec.quant_type])[interval]
+    interval = _interval(scaled, codebooks.CODEBOOKS[spec.quant_type].thresholds)
+    codes = jnp.asarray(codebooks.CODEBOOKS[spec.quant_type].sorted_codes)[interval]
     even = flat.size + flat.size % 2
     codes = codes.ravel()[:even]
     if flat.size % 2:
-        zero = codebooks.SORTED_CODES[spec.quant_type][7]
+        zero = codebooks.CODEBOOKS[spec.quant_type].sorted_codes[7]
         codes = codes.at[-1].set(zero)
     return pack(codes), absmax
 
@@ -172,12 +172,12 @@ def scale(value: Array, nested: Array, offset: Array) -> Array:
     return jnp.clip(value * nested, -nested, nested) + offset
 
 
-def dequantize(arrays: Arrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
+def dequantize(arrays: WeightArrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
     """Codebook * absmax in float32, rounded once to `dtype`; leading axes are kept."""
     packed = arrays.packed
     absmax = decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset)
     lead = packed.shape[: packed.ndim - len(spec.packed_shape)]
-    values = jnp.asarray(codebooks.CODE[spec.quant_type])[unpack(packed)]
+    values = jnp.asarray(codebooks.CODEBOOKS[spec.quant_type].values)[unpack(packed)]
     if spec.in_rows:
         blocks = values.reshape(*absmax.shape, spec.blocksize)
         weight = blocks * absmax[..., None]
@@ -187,7 +187,7 @@ def dequantize(arrays: Arrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
     return weight.astype(dtype).reshape(*lead, *spec.shape)
 
 
-def take_rows(arrays: Arrays, ids: Array, spec: QuantSpec, dtype: DTypeLike) -> Array:
+def take_rows(arrays: WeightArrays, ids: Array, spec: QuantSpec, dtype: DTypeLike) -> Array:
     """Rows of a table `[rows, features]`, decoding no others: `[*ids.shape, features]`.
 
     `ids` are within the table.
@@ -205,10 +205,12 @@ def take_rows(arrays: Arrays, ids: Array, spec: QuantSpec, dtype: DTypeLike) -> 
         pair = arrays.packed[element // 2]
         nibbles = jnp.where(element % 2 == 0, pair >> 4, pair & 15)
         scales = _scales_at(element // spec.blocksize, arrays)
-    return (jnp.asarray(codebooks.CODE[spec.quant_type])[nibbles] * scales).astype(dtype)
+    return (jnp.asarray(codebooks.CODEBOOKS[spec.quant_type].values)[nibbles] * scales).astype(
+        dtype
+    )
 
 
-def _scales_at(block: Array, arrays: Arrays) -> Array:
+def _scales_at(block: Array, arrays: WeightArrays) -> Array:
     """Float32 scales of the blocks of these numbers."""
     scales = arrays.absmax.reshape(-1)[block]
     if arrays.nested_absmax is None or arrays.offset is None:

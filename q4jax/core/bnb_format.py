@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 
 _STATE_KEY = "quant_state.bitsandbytes__"
@@ -29,7 +29,7 @@ def write(
     """The dict of one state: arrays and scalars, the latter as JSON in one array if `packed`."""
     arrays = {
         "absmax": np.asarray(absmax).reshape(-1),
-        "quant_map": np.array(codebooks.CODE[spec.quant_type]),
+        "quant_map": np.array(codebooks.CODEBOOKS[spec.quant_type].values),
     }
     scalars: dict[str, Any] = {
         "quant_type": spec.quant_type,
@@ -64,8 +64,8 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
     quant_type = items["quant_type"]
     blocksize = _integer("blocksize", items["blocksize"])
     shape = tuple(_integer("shape", n) for n in _sequence("shape", items["shape"]))
-    spec = QuantSpec.of(shape, str(items["dtype"]), quant_type, blocksize, is_nested)
-    _check_table("quant_map", items["quant_map"], codebooks.CODE[quant_type])
+    spec = QuantSpec.from_shape(shape, str(items["dtype"]), quant_type, blocksize, is_nested)
+    _check_table("quant_map", items["quant_map"], codebooks.CODEBOOKS[quant_type].values)
     codes = np.asarray(items["absmax"])
     lead = shape[: len(shape) - len(spec.shape)]
     blocks = math.prod(lead) * math.prod(spec.absmax_shape)

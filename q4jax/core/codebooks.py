@@ -1,17 +1,18 @@
-"""The tables of the number formats, as numpy constants: nf4, fp4 and the signed 8-bit dynamic map.
+"""The number formats: the 4-bit codebooks by quant type, and the signed 8-bit map of nested scales.
 
-A table is given twice: `CODE` is what a 4-bit code decodes to; `THRESHOLDS` with `SORTED_CODES`
-is how a value in [-1, 1] is encoded: the number of thresholds strictly below it picks an entry of
-`SORTED_CODES`, so a value on a threshold takes the lower neighbour.
+To add a quant type, add a `Codebook` to `CODEBOOKS`. The PTX and the C++ kernels are given its
+tables from here.
 """
 
-from typing import Literal, get_args
+import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-QuantType = Literal["nf4", "fp4"]
-QUANT_TYPES: tuple[str, ...] = get_args(QuantType)
+QuantType = str
+"""A key of `CODEBOOKS`: "nf4" or "fp4"."""
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 """Block length of the second quantization, fixed in every file bitsandbytes writes."""
@@ -32,6 +33,29 @@ def _uint8(values: ArrayLike) -> np.ndarray:
     table = np.asarray(values, np.uint8)
     table.flags.writeable = False
     return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codebook:
+    """A 4-bit format: what each code decodes to, and which code a value in [-1, 1] takes.
+
+    A value takes the entry of `sorted_codes` at the number of `thresholds` strictly below it, so
+    a value on a threshold takes the lower neighbour.
+
+    Attributes:
+      name: the quant type: lower-case letters and digits.
+      values: float32 `[16]`, indexed by the 4-bit code.
+      sorted_codes: uint8 `[16]`, the codes in ascending order of their values.
+    """
+
+    name: str
+    values: np.ndarray
+    sorted_codes: np.ndarray
+
+    @functools.cached_property
+    def thresholds(self) -> np.ndarray:
+        """Midpoints of neighbouring values, float32 `[15]`, ascending."""
+        return _midpoints(self.values[self.sorted_codes])
 
 
 # QLoRA (arXiv:2305.14314), appendix E: quantiles of N(0, 1), normalised so that 0 and ±1 are exact.
@@ -63,18 +87,20 @@ _FP4 = _float32(np.concatenate([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES]))
 
 # Intervals of fp4 in ascending order of value. The interval just below zero takes code 0 and the
 # one just above it code 8: what bitsandbytes' CPU backend writes.
-_FP4_ASCENDING = _uint8([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
+_FP4_SORTED_CODES = _uint8([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3])
 
-CODE: dict[str, np.ndarray] = {"nf4": _NF4, "fp4": _FP4}
-"""quant_type -> float32 [16], indexed by the 4-bit code."""
-
-SORTED_CODES: dict[str, np.ndarray] = {"nf4": _uint8(np.arange(16)), "fp4": _FP4_ASCENDING}
-"""quant_type -> uint8 [16], the codes in ascending order of the value they stand for."""
-
-THRESHOLDS: dict[str, np.ndarray] = {
-    name: _midpoints(CODE[name][SORTED_CODES[name]]) for name in QUANT_TYPES
+CODEBOOKS: dict[str, Codebook] = {
+    "nf4": Codebook("nf4", _NF4, _uint8(np.arange(16))),
+    "fp4": Codebook("fp4", _FP4, _FP4_SORTED_CODES),
 }
-"""quant_type -> float32 [15], ascending."""
+"""quant type -> its codebook, in the order in which errors name them."""
+
+
+def check_quant_type(value: object, name: str = "quant_type") -> None:
+    """ValueError unless `value` is a key of `CODEBOOKS`; `name` is what the error calls it."""
+    if not isinstance(value, str) or value not in CODEBOOKS:
+        allowed = " or ".join(map(repr, CODEBOOKS))
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _edges(intervals: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax.core.codebooks import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
+from q4jax.core.codebooks import BLOCKSIZES, NESTED_BLOCKSIZE, check_quant_type
 
 FLOAT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.float16, jnp.bfloat16))
 
@@ -68,8 +68,7 @@ class QuantSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self):
-        if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
+        check_quant_type(self.quant_type)
         check_blocksize(self.blocksize)
         if self.nested_blocksize not in (0, NESTED_BLOCKSIZE):
             raise ValueError(
@@ -92,7 +91,7 @@ class QuantSpec:
         object.__setattr__(self, "shape", shape)
 
     @classmethod
-    def of(
+    def from_shape(
         cls, shape: tuple[int, ...], dtype: Any, quant_type: str, blocksize: int, nested: bool
     ) -> "QuantSpec":
         """The spec of a weight of this full `shape`: leading axes are dropped in the row form."""

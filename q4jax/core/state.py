@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax import codebooks
-from q4jax.core import bnb_format as bnb_dict
+from q4jax.core import bnb_format, codebooks
 from q4jax.core.spec import QuantSpec
 
 _SEPARATOR = "__"
@@ -105,7 +104,7 @@ class QuantState:
     @property
     def code(self) -> np.ndarray:
         """The codebook, float32 `[16]`."""
-        return codebooks.CODE[self.spec.quant_type]
+        return codebooks.CODEBOOKS[self.spec.quant_type].values
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -122,7 +121,7 @@ class QuantState:
         lead = f", lead={self.lead}" if hasattr(self.absmax, "shape") and self.lead else ""
         return f"QuantState({self.spec.tag()}{lead})"
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """ValueError, naming the array, where dtypes or shapes do not fit the spec."""
         spec = self.spec
         _require_array("absmax", self.absmax, spec)
@@ -176,7 +175,7 @@ class QuantState:
                 f"a stacked state cannot be one bitsandbytes state: {self!r} has an offset "
                 f"for each of {tuple(self.offset.shape)}; index it first"
             )
-        return bnb_dict.write(
+        return bnb_format.write(
             self.absmax, self.nested_absmax, self.offset, self.spec, self.shape, packed
         )
 
@@ -194,7 +193,7 @@ class QuantState:
           >>> q4jax.QuantState.from_dict(state.as_dict())
           QuantState(nf4_b64_n0_float32_2x64)
         """
-        return cls(*bnb_dict.read(d))
+        return cls(*bnb_format.read(d))
 
 
 def _require_array(name: str, array: Any, spec: QuantSpec) -> None:
@@ -220,4 +219,4 @@ def check_packed(packed: Array, state: QuantState) -> None:
     _require_array("absmax", state.absmax, state.spec)
     _require_array("packed", packed, state.spec)
     _check_array("packed", packed, jnp.uint8, state.lead, state.spec)
-    state.check()
+    state.validate()

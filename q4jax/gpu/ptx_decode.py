@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 
 TABLE_WORDS = 8
 _CONVERT = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
@@ -44,7 +44,7 @@ def table_word_asm(quant_type: str, dtype: DTypeLike, part: int, word: int) -> s
       word: 0 to 7.
     """
     first = word % 4 * 4
-    codes = codebooks.CODE[quant_type][first : first + 4].view(np.uint32)
+    codes = codebooks.CODEBOOKS[quant_type].values[first : first + 4].view(np.uint32)
     text = "{ .reg .f32 a, b, c, d; .reg .b32 p, q; "
     for name, code in zip("abcd", codes, strict=True):
         text += f"mul.rn.f32 {name}, $1, 0f{code:08X}; "
@@ -93,7 +93,7 @@ DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
 
 def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
     """The meaning of `table_word_asm`: int32 like `scale`."""
-    entries = scale[..., None] * codebooks.CODE[quant_type][word % 4 * 4 :][:4]
+    entries = scale[..., None] * codebooks.CODEBOOKS[quant_type].values[word % 4 * 4 :][:4]
     entries = lax.bitcast_convert_type(entries.astype(dtype), jnp.uint8)  # [..., 4, itemsize]
     return lax.bitcast_convert_type(entries[..., 2 * part + word // 4], jnp.int32)
 

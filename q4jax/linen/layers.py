@@ -70,7 +70,7 @@ def _load(
     """The stored weight of `shape`, `[out, in]`, checked against the fields of the module."""
     dtype, nested = float_dtype(module.param_dtype, "param_dtype"), module.compress_statistics
     float_dtype(dtype if module.dtype is None else module.dtype)
-    tag = QuantSpec.of(shape, dtype, module.quant_type, module.blocksize, nested).tag()
+    tag = QuantSpec.from_shape(shape, dtype, module.quant_type, module.blocksize, nested).tag()
 
     def create() -> Params4bit:
         dims = shape[::-1] if source == "kernel" else shape

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.native import library
 
 
@@ -199,7 +199,7 @@ def _product(target: str, quant_type: str, blocksize: int) -> Callable[..., Arra
 
 
 def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
-    number = codebooks.QUANT_TYPES.index(quant_type)
+    number = list(codebooks.CODEBOOKS).index(quant_type)
     return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
 
 

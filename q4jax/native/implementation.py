@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from q4jax.core.blockwise import Arrays, in_layout
+from q4jax.core.blockwise import WeightArrays, in_layout
 from q4jax.core.spec import QuantSpec
 from q4jax.native import calls as ops
 from q4jax.native import library
@@ -37,7 +37,7 @@ class Always:
         self._check("compress", absmax.dtype, None)
         return ops.quantize_scales(absmax)
 
-    def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""
         self._check("dequantize", dtype, None)
         if not spec.in_rows or (arrays.offset is not None and arrays.offset.ndim):
@@ -49,12 +49,14 @@ class Always:
         w = ops.dequantize(*rows, quant_type=spec.quant_type, blocksize=spec.blocksize, dtype=dtype)
         return w.reshape(*arrays.packed.shape[:-1], w.shape[-1])
 
-    def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+    def linear(
+        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+    ) -> Array:
         """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
         self._check("linear", x.dtype, x.shape[0])
         return ops.linear(x, *arrays, bias, quant_type=spec.quant_type, blocksize=spec.blocksize)
 
-    def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
         """`g @ W`: [M, N] -> [M, K] in g's dtype."""
         self._check("transposed", g.dtype, g.shape[0])
         return ops.transposed(g, *arrays, quant_type=spec.quant_type, blocksize=spec.blocksize)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 
 LIBRARY = pathlib.Path(__file__).with_name("libq4jax.so")
 VARIABLE = "Q4JAX_NATIVE"
@@ -153,8 +153,9 @@ def _jaxlib() -> str:
 
 def tables() -> bytes:
     """The numbers of the formats, as `Tables` in src/problem.h has them."""
-    arrays = [codebooks.CODE[name] for name in codebooks.QUANT_TYPES]
-    arrays += [codebooks.THRESHOLDS[name] for name in codebooks.QUANT_TYPES]
-    arrays += [codebooks.SORTED_CODES[name] for name in codebooks.QUANT_TYPES]
+    books = codebooks.CODEBOOKS.values()
+    arrays = [book.values for book in books]
+    arrays += [book.thresholds for book in books]
+    arrays += [book.sorted_codes for book in books]
     arrays += [codebooks.DYNAMIC_MAP, codebooks.DYNAMIC_THRESHOLDS]
     return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)

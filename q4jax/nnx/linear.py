@@ -15,7 +15,7 @@ from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.nnx.variables import PLACING, apart, freeze, thaw, transposed
 from q4jax.ops.embedding import take_rows
 from q4jax.ops.matmul import matmul_4bit
-from q4jax.ops.params import Params4bit, quantize_stacked
+from q4jax.ops.params import Params4bit, as_params4bit, quantize_stacked
 
 _kernel_init = nnx.initializers.lecun_normal()
 _embedding_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -33,7 +33,9 @@ class _Quantized(nnx.Module):
     def _spec(self, shape: tuple[int, int]) -> QuantSpec:
         """The module's own description of its weight; ValueError for a setting not allowed."""
         dtype = float_dtype(self.param_dtype, "param_dtype")
-        return QuantSpec.of(shape, dtype, self.quant_type, self.blocksize, self.compress_statistics)
+        return QuantSpec.from_shape(
+            shape, dtype, self.quant_type, self.blocksize, self.compress_statistics
+        )
 
     def _store(self, w: Array, name: str, metadata: Mapping[str, Any]) -> None:
         """Quantize `w`, `[*lead, out, in]`, with the module's settings and keep it."""
@@ -155,7 +157,7 @@ class Linear4bit(_Quantized):
           >>> q4jax.Linear4bit.from_weight(weight)(jnp.ones((1, 64))).shape
           (1, 32)
         """
-        spec = Params4bit.of(weight, None).quant_state.spec
+        spec = as_params4bit(weight).quant_state.spec
         if len(spec.shape) != 2:
             raise ValueError(f"weight must be a matrix or a stack of them, got {weight!r}")
         settings: dict[str, Any] = {"quant_type": spec.quant_type} if cls is Linear4bit else {}

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from q4jax.core.spec import float_dtype
-from q4jax.ops.params import Params4bit
+from q4jax.ops.params import Params4bit, as_params4bit
 from q4jax.ops.weight_sharding import Operation
 from q4jax.sharding import partition
 
@@ -28,7 +28,7 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
     Raises:
       ValueError: ids are not integers; the table is not 2-D.
     """
-    weight = Params4bit.of(weight, None)
+    weight = as_params4bit(weight)
     state = weight.quant_state
     if len(state.shape) != 2:
         raise ValueError(f"take_rows: quant_state.shape must be 2D, got {list(state.shape)}")

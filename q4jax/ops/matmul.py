@@ -10,10 +10,11 @@ from jax import Array
 from q4jax.core.spec import float_dtype
 from q4jax.core.state import QuantState
 from q4jax.ops import registry as implementations
-from q4jax.ops.params import Params4bit
+from q4jax.ops.params import Params4bit, as_params4bit
 from q4jax.ops.weight_sharding import Operation
 from q4jax.sharding import partition
 from q4jax.sharding.partition import Lies
+from q4jax.sharding.residual import outputs_are_whole
 
 
 def matmul_4bit(
@@ -61,7 +62,7 @@ def matmul_4bit(
     """
     if isinstance(x, Params4bit):
         raise TypeError(f"matmul_4bit(x, weight): x is the weight, {x!r}; swap the two")
-    weight = Params4bit.of(packed, state)
+    weight = as_params4bit(packed, state)
     shape = weight.quant_state.shape
     if len(shape) != 2:
         raise ValueError(f"matmul_4bit: quant_state.shape must be 2D [N, K], got {list(shape)}")
@@ -73,7 +74,7 @@ def matmul_4bit(
         float_dtype(getattr(bias, "dtype", type(bias).__name__), "bias.dtype")
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {bias.shape}")
-    how = _How(implementations.resolve(implementation), partition.outputs_are_whole())
+    how = _How(implementations.resolve(implementation), outputs_are_whole())
     return _matmul(how, x, weight, bias)
 
 

@@ -77,27 +77,6 @@ class Params4bit:
         return f"Params4bit({self.packed.dtype}{list(self.packed.shape)}, {tag})"
 
     @classmethod
-    def of(cls, packed: "Array | Params4bit", state: QuantState | None) -> "Params4bit":
-        """The two forms in which functions take a weight, as one; checked to fit together.
-
-        Raises:
-          TypeError: neither a Params4bit nor codes with their QuantState.
-          ValueError: codes that are not uint8, or arrays that do not fit the state.
-        """
-        if isinstance(packed, Params4bit):
-            if state is not None:
-                raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
-            weight = packed
-        elif isinstance(state, QuantState):
-            weight = cls(packed, state)
-        else:
-            raise TypeError(
-                f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
-            )
-        check_packed(weight.packed, weight.quant_state)
-        return weight
-
-    @classmethod
     def quantize(
         cls,
         w: Array,
@@ -115,7 +94,9 @@ class Params4bit:
             raise TypeError(f"w must be an array, got {type(w).__name__}")
         # Before jnp.asarray, which would turn float64 into float32 in silence.
         dtype = float_dtype(w.dtype, "w.dtype")
-        spec = QuantSpec.of(w.shape, dtype, quant_type, blocksize, bool(compress_statistics))
+        spec = QuantSpec.from_shape(
+            w.shape, dtype, quant_type, blocksize, bool(compress_statistics)
+        )
         arrays, finite = _quantize(w, spec, implementations.resolve(implementation))
         if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
             require_finite(w, "w")
@@ -124,15 +105,15 @@ class Params4bit:
 
     def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> Array:
         """The weight as `dtype` (None: the dtype it was quantized from), in its full shape."""
-        weight = Params4bit.of(self, None)
+        weight = as_params4bit(self)
         dtype = weight.quant_state.dtype if dtype is None else float_dtype(dtype)
         return _dequantize(weight, dtype, implementations.resolve(implementation))
 
     @property
-    def arrays(self) -> blockwise.Arrays:
+    def arrays(self) -> blockwise.WeightArrays:
         """Its arrays alone, as the implementations take them."""
         state = self.quant_state
-        return blockwise.Arrays(self.packed, state.absmax, state.nested_absmax, state.offset)
+        return blockwise.WeightArrays(self.packed, state.absmax, state.nested_absmax, state.offset)
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +168,7 @@ class Params4bit:
           ValueError: a matrix does not hold a whole number of blocks, or, with double
             quantization, of 256 blocks: then neighbours share a scale.
         """
-        state = Params4bit.of(self, None).quant_state
+        state = as_params4bit(self).quant_state
         spec = state.spec
         stacked = 0 if state.offset is None else state.offset.ndim
         if len(spec.shape) <= 2 and (state.offset is None or stacked == len(state.lead)):
@@ -205,7 +186,7 @@ class Params4bit:
                 f"{spec.nested_blocksize}, so matrices share nested scales; jax.vmap of "
                 f"Params4bit.quantize over the leading axes gives each its own"
             )
-        matrix = QuantSpec.of(
+        matrix = QuantSpec.from_shape(
             (rows, columns), spec.dtype, spec.quant_type, spec.blocksize, spec.nested
         )
         packed = self.packed.reshape(*lead, *matrix.packed_shape)
@@ -249,6 +230,31 @@ class Params4bit:
         return cls(jnp.asarray(codes.reshape(shape)), state)
 
 
+def as_params4bit(packed: Array | Params4bit, state: QuantState | None = None) -> Params4bit:
+    """Join the two forms in which functions take a weight, after checking that they fit together.
+
+    Args:
+      packed: uint8 codes, or a `Params4bit`, which stands for both arguments.
+      state: the codes' state.
+
+    Raises:
+      TypeError: neither a Params4bit nor codes with their QuantState.
+      ValueError: codes that are not uint8, or arrays that do not fit the state.
+    """
+    if isinstance(packed, Params4bit):
+        if state is not None:
+            raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
+        weight = packed
+    elif isinstance(state, QuantState):
+        weight = Params4bit(packed, state)
+    else:
+        raise TypeError(
+            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
+        )
+    check_packed(weight.packed, weight.quant_state)
+    return weight
+
+
 def require_finite(w: Array, name: str) -> None:
     """ValueError, with the name of the tensor, where a concrete `w` holds NaN or inf."""
     if isinstance(w, jax.core.Tracer):
@@ -289,14 +295,14 @@ def quantize_stacked(
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def _quantize(
     w: Array, spec: QuantSpec, implementation: str | None
-) -> tuple[blockwise.Arrays, Array]:
+) -> tuple[blockwise.WeightArrays, Array]:
     """The arrays, and whether w is finite."""
     packed, absmax = partition.run(Operation("quantize", implementation, spec), w)
     finite = jnp.isfinite(absmax).all()
     if not spec.nested:
-        return blockwise.Arrays(packed, absmax, None, None), finite
+        return blockwise.WeightArrays(packed, absmax, None, None), finite
     compressed = partition.run(Operation("compress", implementation, spec), absmax)
-    return blockwise.Arrays(packed, *compressed), finite
+    return blockwise.WeightArrays(packed, *compressed), finite
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "implementation"))

@@ -6,7 +6,7 @@ from jax import Array
 
 from q4jax.core.codebooks import QuantType
 from q4jax.core.state import QuantState
-from q4jax.ops.params import Params4bit
+from q4jax.ops.params import Params4bit, as_params4bit
 
 
 def quantize_4bit(
@@ -94,5 +94,5 @@ def dequantize_4bit(
       >>> bool((q4jax.dequantize_4bit(packed, state) == w).all())
       True
     """
-    weight = Params4bit.of(packed, state)
+    weight = as_params4bit(packed, state)
     return weight.dequantize(dtype, implementation=implementation)

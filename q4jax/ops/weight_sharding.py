@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from q4jax.core import blockwise
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.ops import registry as implementations
 
@@ -44,7 +44,7 @@ class Operation:
 
     Its operands are pytrees of arrays: `(x, arrays, bias)` for "linear", `(g, arrays)` for
     "transposed", `(ids, arrays)` for "rows", `(arrays,)` for "dequantize", `(w,)` for "quantize"
-    and `(absmax,)` for "compress", with `arrays` a `blockwise.Arrays`. Results are tuples.
+    and `(absmax,)` for "compress", with `arrays` a `blockwise.WeightArrays`. Results are tuples.
 
     Attributes:
       name: "linear", "transposed", "rows", "dequantize", "quantize" or "compress".
@@ -139,10 +139,10 @@ class _Weight(NamedTuple):
     nested: bool
 
     @property
-    def arrays(self) -> Arrays:
+    def arrays(self) -> WeightArrays:
         """As the arrays lie in an operand."""
         statistics = ((_WHOLE,), ()) if self.nested else (None, None)
-        return Arrays(self.packed, self.absmax, *statistics)  # type: ignore[arg-type]
+        return WeightArrays(self.packed, self.absmax, *statistics)  # type: ignore[arg-type]
 
 
 def _weight(spec: QuantSpec, lead: int, *, nested: bool) -> _Weight:
@@ -184,7 +184,7 @@ class _Shard:
         axes = self.axes(label)
         return lax.axis_index(axes) * size if axes else 0
 
-    def weight(self, arrays: Arrays) -> tuple[Arrays, QuantSpec]:
+    def weight(self, arrays: WeightArrays) -> tuple[WeightArrays, QuantSpec]:
         """This shard of the weight, as a weight of its own.
 
         Double-quantized scales are counted over the whole weight: where that is split, they are
@@ -207,7 +207,7 @@ class _Shard:
             index, arrays.absmax, arrays.nested_absmax, arrays.offset
         )
         plain = dataclasses.replace(spec, shape=parts, nested_blocksize=0)
-        return Arrays(arrays.packed, scales, None, None), plain
+        return WeightArrays(arrays.packed, scales, None, None), plain
 
     def call(self, *operands: Any, **static: Any) -> Any:
         """The implementation's operation of the same name."""
@@ -220,7 +220,7 @@ class _Shard:
         return lax.psum(part, axes) if axes else part
 
 
-def _linear(shard: _Shard, x: Array, arrays: Arrays, bias: Array | None) -> tuple[Array, ...]:
+def _linear(shard: _Shard, x: Array, arrays: WeightArrays, bias: Array | None) -> tuple[Array, ...]:
     arrays, spec = shard.weight(arrays)
     rows = x.reshape(-1, x.shape[-1])
     summed = bool(shard.axes("in"))
@@ -232,13 +232,13 @@ def _linear(shard: _Shard, x: Array, arrays: Arrays, bias: Array | None) -> tupl
     return (y.reshape(*x.shape[:-1], y.shape[-1]),)
 
 
-def _transposed(shard: _Shard, g: Array, arrays: Arrays) -> tuple[Array, ...]:
+def _transposed(shard: _Shard, g: Array, arrays: WeightArrays) -> tuple[Array, ...]:
     arrays, spec = shard.weight(arrays)
     dx = shard.total(shard.call(g.reshape(-1, g.shape[-1]), arrays, spec=spec))
     return (dx.reshape(*g.shape[:-1], dx.shape[-1]),)
 
 
-def _rows(shard: _Shard, ids: Array, arrays: Arrays) -> tuple[Array, ...]:
+def _rows(shard: _Shard, ids: Array, arrays: WeightArrays) -> tuple[Array, ...]:
     arrays, spec = shard.weight(arrays)
     dtype = shard.operation.dtype
     if not shard.axes("out"):
@@ -249,7 +249,7 @@ def _rows(shard: _Shard, ids: Array, arrays: Arrays) -> tuple[Array, ...]:
     return (shard.total(jnp.where(inside[..., None], rows, 0)),)  # one of the parts is not zero
 
 
-def _dequantize(shard: _Shard, arrays: Arrays) -> tuple[Array, ...]:
+def _dequantize(shard: _Shard, arrays: WeightArrays) -> tuple[Array, ...]:
     arrays, spec = shard.weight(arrays)
     return (shard.call(arrays, spec=spec, dtype=shard.operation.dtype),)
 

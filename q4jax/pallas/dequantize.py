@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.requirements import triton
 from q4jax.pallas.launch import launch, load, rows_inside
@@ -17,7 +17,7 @@ from q4jax.pallas.weight_tile import decode_words, load_scales, nested_operands,
 _TILE_WORDS = 512
 
 
-def dequantize(arrays: Arrays, *, spec: QuantSpec, dtype: Any, interpret: bool) -> Array:
+def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: Any, interpret: bool) -> Array:
     """The weight as `dtype`, in its full shape.
 
     The weight is a list of blocks to this kernel, whatever its shape.

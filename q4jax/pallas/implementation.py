@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.core.blockwise import Arrays, in_layout
+from q4jax.core.blockwise import WeightArrays, in_layout
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import requirements as backend
 from q4jax.gpu import tiles
@@ -38,18 +38,20 @@ class Operations:
         packed, absmax = self._run(quantize.quantize, spec, w)
         return in_layout(w.shape, packed, absmax, spec)
 
-    def dequantize(self, arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
         """The weight in its full shape."""
         return self._run(dequantize.dequantize, spec, arrays, dtype=dtype)
 
-    def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+    def linear(
+        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+    ) -> Array:
         """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
         if not x.shape[0]:
             return jnp.zeros((0, spec.shape[0]), x.dtype)
         tile = tiles.choose("linear", x.shape[0], spec.shape, x.dtype)
         return self._run(linear.linear, spec, x, arrays, bias, tile=tile)
 
-    def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
         """`g @ W`: [M, N] -> [M, K] in g's dtype."""
         if not g.shape[0]:
             return jnp.zeros((0, spec.shape[1]), g.dtype)
@@ -72,12 +74,14 @@ class WhereVerified(Operations):
     For more rows than the table's crossover, decoding the weight for one dense product is.
     """
 
-    def linear(self, x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+    def linear(
+        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+    ) -> Array:
         """As named, up to the crossover."""
         self._check_rows("linear", x)
         return super().linear(x, arrays, bias, spec=spec)
 
-    def transposed(self, g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
         """As named, up to the crossover."""
         self._check_rows("transposed", g)
         return super().transposed(g, arrays, spec=spec)

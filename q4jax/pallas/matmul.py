@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
@@ -18,7 +18,7 @@ from q4jax.pallas.weight_tile import Tiling, decode_tile, load_activation, opera
 
 def linear(
     x: Array,
-    arrays: Arrays,
+    arrays: WeightArrays,
     bias: Array | None,
     *,
     spec: QuantSpec,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
@@ -17,7 +17,7 @@ from q4jax.pallas.weight_tile import HALF, Tiling, activation_part, decode_tile,
 
 
 def transposed(
-    g: Array, arrays: Arrays, *, spec: QuantSpec, tile: tiles.Tile, interpret: bool
+    g: Array, arrays: WeightArrays, *, spec: QuantSpec, tile: tiles.Tile, interpret: bool
 ) -> Array:
     """[M, N] -> [M, K] in g's dtype.
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.core.blockwise import LARGEST_RECIPROCAL, divide
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import ptx_decode as decode
@@ -83,7 +83,7 @@ def _scale(w: Array) -> tuple[Array, Array]:
 
 def _encode(scaled: Array, quant_type: str) -> Array:
     """The code of each value in [-1, 1], int32: a binary search, in which NaN counts as large."""
-    thresholds = [float(t) for t in codebooks.THRESHOLDS[quant_type]]
+    thresholds = [float(t) for t in codebooks.CODEBOOKS[quant_type].thresholds]
     bits: list[Array] = []
     for level in range(4):
         # After `level` comparisons 2^level thresholds are left, one of which is to be compared.
@@ -95,7 +95,7 @@ def _encode(scaled: Array, quant_type: str) -> Array:
     index = jnp.zeros(scaled.shape, jnp.int32)
     for bit in bits:
         index = 2 * index + bit.astype(jnp.int32)
-    order = codebooks.SORTED_CODES[quant_type]
+    order = codebooks.CODEBOOKS[quant_type].sorted_codes
     if (order == np.arange(16)).all():
         return index
     # The 16 codes are digits of two integers.

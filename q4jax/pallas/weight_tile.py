@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from q4jax import codebooks
-from q4jax.core import blockwise
-from q4jax.core.blockwise import Arrays
+from q4jax.core import blockwise, codebooks
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import ptx_decode as decode
 from q4jax.pallas import inline_ptx as ptx
@@ -69,7 +68,7 @@ class Tiling:
         return x.reshape(x.shape[0], -1, self.unit)
 
 
-def operands(arrays: Arrays, tiling: Tiling) -> dict[str, Array]:
+def operands(arrays: WeightArrays, tiling: Tiling) -> dict[str, Array]:
     """What a kernel reads of a weight, by name; the views are free.
 
     words: int32 [N, units of a row, 4 * halves], 8 codes each; absmax [N, blocks of a row]; and
@@ -84,7 +83,7 @@ def operands(arrays: Arrays, tiling: Tiling) -> dict[str, Array]:
     return named | nested_operands(arrays)
 
 
-def nested_operands(arrays: Arrays) -> dict[str, Array]:
+def nested_operands(arrays: WeightArrays) -> dict[str, Array]:
     """The operands that only double quantization has."""
     if arrays.nested_absmax is None or arrays.offset is None:
         return {}

@@ -8,12 +8,10 @@
 On one device all of this leaves nothing behind.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,30 +37,6 @@ _ROWS = ("linear", "transposed", "rows", "features")
 """Operations whose first operand may have any number of axes in front."""
 
 
-_whole_outputs: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "whole_outputs", default=False
-)
-
-
-@contextlib.contextmanager
-def whole_outputs() -> Iterator[None]:
-    """Products traced in it give each device all outputs of its rows, as `whole_features` has them.
-
-    For layers that write to a residual stream. Without it the compiler splits their outputs as the
-    weight's, wherever the batch was to be split over the same axis.
-    """
-    token = _whole_outputs.set(True)
-    try:
-        yield
-    finally:
-        _whole_outputs.reset(token)
-
-
-def outputs_are_whole() -> bool:
-    """Whether a `whole_outputs` surrounds this."""
-    return _whole_outputs.get()
-
-
 def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ...]:
     """The operation's results; operands are as `Operation` describes them.
 
@@ -73,22 +47,6 @@ def run(operation: Operation | WholeFeatures, *operands: Any) -> tuple[Array, ..
     """
     flat, tree = jax.tree.flatten(operands)
     return tuple(_batched(operation, tree, 0)(*flat))
-
-
-@jax.custom_vjp
-def whole_features(x: Array) -> Array:
-    """`x [..., features]`, no device with a part of the features only.
-
-    For a residual stream, to which weights that are split every way are added: the compiler would
-    take a split of features over from them, and give up that of the batch. The gradient is treated
-    alike. With explicit or manual axes x says itself how it lies, and nothing is done.
-    """
-    if _axes_by_type().keys() - {AxisType.Auto}:
-        return x
-    return run(WholeFeatures(), x)[0]
-
-
-whole_features.defvjp(lambda x: (whole_features(x), None), lambda _, g: (whole_features(g),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +157,7 @@ def _batched(
     return run
 
 
-def _axes_by_type() -> dict[AxisType, tuple[str, ...]]:
+def axes_by_type() -> dict[AxisType, tuple[str, ...]]:
     """The axes of the mesh that surrounds this, but for those that split nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     axes: dict[AxisType, tuple[str, ...]] = {}
@@ -210,7 +168,7 @@ def _axes_by_type() -> dict[AxisType, tuple[str, ...]]:
 
 
 def _on_mesh(call: _Call, flat: Sequence[Array]) -> tuple[Array, ...]:
-    mesh, axes = jax.sharding.get_abstract_mesh(), _axes_by_type()
+    mesh, axes = jax.sharding.get_abstract_mesh(), axes_by_type()
     auto, explicit = axes.get(AxisType.Auto, ()), axes.get(AxisType.Explicit, ())
     if auto and explicit:
         raise NotImplementedError(

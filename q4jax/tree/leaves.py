@@ -11,7 +11,7 @@ from jax.tree_util import SequenceKey
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState, split_tag, with_tag
 from q4jax.nnx.variables import Frozen4bit
-from q4jax.ops.params import Params4bit
+from q4jax.ops.params import Params4bit, as_params4bit
 
 # Where a leaf is: keys and attribute names as they are, an index into a list as a SequenceKey.
 Path = tuple[str | int | SequenceKey, ...]
@@ -156,7 +156,7 @@ def _weight(found: Leaves, path: Path, arrays: dict[str, Any]) -> Params4bit:
     absmax, nested_absmax, offset = [arrays[key] for key in keys] + [None] * (3 - len(keys))
     try:
         state = QuantState(absmax, nested_absmax, offset, spec)
-        return Params4bit.of(packed, state)
+        return as_params4bit(packed, state)
     except ValueError as error:
         raise ValueError(f"{name_of(path[:-1])}: {error}") from None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import ptx_decode as decode
 from q4jax.gpu import tiles

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
 from q4jax.gpu.requirements import check_rows
@@ -24,12 +24,12 @@ def quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
     raise NotImplementedError(_NOT_HERE.format("quantize"))
 
 
-def dequantize(arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
     """NotImplementedError: it is not part of this implementation."""
     raise NotImplementedError(_NOT_HERE.format("dequantize"))
 
 
-def linear(x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
     """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype.
 
     Served are nf4 and fp4, every block size, every float dtype, plain and nested scales, any M and
@@ -42,7 +42,7 @@ def linear(x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> 
     return _product("linear", spec, x, arrays, bias)
 
 
-def transposed(g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+def transposed(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
     """`g @ W`: [M, N] -> [M, K] in g's dtype; as `linear`."""
     return _product("transposed", spec, g, arrays)
 

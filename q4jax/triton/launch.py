@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax_triton
 from jax import Array
 
-from q4jax import codebooks
-from q4jax.core.blockwise import Arrays
+from q4jax.core import codebooks
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.triton.constants import Plan
 from q4jax.triton.matmul import linear as linear_kernel
@@ -24,12 +24,12 @@ _ALL_REGISTERS = {"maxnreg": 255}
 """For more rows than few. The assembler would rather spill some, for more programs at a time."""
 
 
-def linear(x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
     """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
     return _product("linear", spec, x, arrays, bias)
 
 
-def transposed(g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+def transposed(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
     """`g @ W`: [M, N] -> [M, K] in g's dtype."""
     return _product("transposed", spec, g, arrays, None)
 
@@ -74,7 +74,7 @@ def _merge(outer: int, inner: int, array: Array, is_batched: bool) -> Array:
     return jnp.broadcast_to(array, (outer, inner, *rest)).reshape(outer * inner, *rest)
 
 
-def _launch(operation: str, spec: QuantSpec, x: Array, arrays: Arrays, bias: Any) -> Array:
+def _launch(operation: str, spec: QuantSpec, x: Array, arrays: WeightArrays, bias: Any) -> Array:
     """[batch, M, K] -> [batch, M, N], or [batch, M, N] -> [batch, M, K]."""
     named = {
         ("x" if operation == "linear" else "g"): x,

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.gpu import ptx_decode as decode
 from q4jax.pallas.weight_tile import HALF as HALF_WIDTH
 

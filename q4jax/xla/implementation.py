@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from q4jax.core import blockwise
-from q4jax.core.blockwise import Arrays
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.xla import matmul as xla
 
@@ -40,23 +40,23 @@ def compress(absmax: Array) -> tuple[Array, Array, Array]:
     return blockwise.compress(absmax)
 
 
-def dequantize(arrays: Arrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
     """The weight in its full shape."""
     return blockwise.dequantize(arrays, spec, dtype)
 
 
-def linear(x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
     """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
     return _product(x, arrays, bias, spec, transpose=False)
 
 
-def transposed(g: Array, arrays: Arrays, *, spec: QuantSpec) -> Array:
+def transposed(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
     """`g @ W`: [M, N] -> [M, K] in g's dtype."""
     return _product(g, arrays, None, spec, transpose=True)
 
 
 def _product(
-    x: Array, arrays: Arrays, bias: Array | None, spec: QuantSpec, *, transpose: bool
+    x: Array, arrays: WeightArrays, bias: Array | None, spec: QuantSpec, *, transpose: bool
 ) -> Array:
     return lax.platform_dependent(
         x,
@@ -68,13 +68,13 @@ def _product(
 
 
 def _whole(
-    x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec, transpose: bool
+    x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec, transpose: bool
 ) -> Array:
     """Decode the weight, then one dot."""
     return _finish(_dot(x, arrays, spec, transpose=transpose), bias, x.dtype)
 
 
-def _dot(x: Array, arrays: Arrays, spec: QuantSpec, *, transpose: bool) -> Array:
+def _dot(x: Array, arrays: WeightArrays, spec: QuantSpec, *, transpose: bool) -> Array:
     """The product in float32."""
     w = blockwise.dequantize(arrays, spec, x.dtype)
     contract = (((1,), (0 if transpose else 1,)), ((), ()))
@@ -87,7 +87,7 @@ def _finish(y: Array, bias: Array | None, dtype: np.dtype[Any]) -> Array:
 
 
 def _tiled(
-    x: Array, arrays: Arrays, bias: Array | None, *, spec: QuantSpec, transpose: bool
+    x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec, transpose: bool
 ) -> Array:
     """A part of the weight at a time, decoded and used while in cache."""
     absmax = blockwise.decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset)
@@ -110,12 +110,12 @@ def _tiled_flat(
 
     def part(i: int | Array, size: int) -> Array:
         """The product with the `size` rows of the i-th tile."""
-        tile = QuantSpec.of((size, k), spec.dtype, spec.quant_type, spec.blocksize, False)
+        tile = QuantSpec.from_shape((size, k), spec.dtype, spec.quant_type, spec.blocksize, False)
         first_byte, first_block = i * (rows * k // 2), i * (rows * k // spec.blocksize)
         codes = lax.dynamic_slice_in_dim(packed, first_byte, tile.packed_shape[0])
         scales = lax.dynamic_slice_in_dim(absmax, first_block, tile.absmax_shape[0])
         xs = lax.dynamic_slice_in_dim(x, i * rows, size, 1) if transpose else x
-        return _dot(xs, Arrays(codes, scales, None, None), tile, transpose=transpose)
+        return _dot(xs, WeightArrays(codes, scales, None, None), tile, transpose=transpose)
 
     tiles, rest = divmod(n, rows)
     last = [part(tiles, rest)] if rest else []

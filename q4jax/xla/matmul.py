@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from q4jax import codebooks
+from q4jax.core import codebooks
 from q4jax.core.blockwise import LARGEST_RECIPROCAL
 
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
@@ -77,7 +77,7 @@ def _fold(n: int, size: int, tile: Callable[[Any, int, Any], Any], carry: Any) -
 
 def _pairs(quant_type: str) -> Array:
     """What each byte decodes to, [256, 2]."""
-    code = codebooks.CODE[quant_type]
+    code = codebooks.CODEBOOKS[quant_type].values
     return jnp.asarray(np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1))
 
 
@@ -269,7 +269,7 @@ def _select(values: list[Any], bits: list[Array]) -> Any:
 
 def _encode(scaled: Array, quant_type: str) -> Array:
     """[R, K] in [-1, 1] -> packed uint8 [R, K/2]."""
-    thresholds = list(codebooks.THRESHOLDS[quant_type])
+    thresholds = list(codebooks.CODEBOOKS[quant_type].thresholds)
     above: list[Array] = []
     interval = jnp.zeros(scaled.shape, jnp.int32)
     for half in (8, 4, 2, 1):
@@ -283,7 +283,7 @@ def _encode(scaled: Array, quant_type: str) -> Array:
     packed = (pairs << 4 | pairs >> 8).astype(jnp.uint8)
     if quant_type == "nf4":
         return packed  # its codes are in order of value
-    order = codebooks.SORTED_CODES[quant_type]
+    order = codebooks.CODEBOOKS[quant_type].sorted_codes
     renamed = jnp.asarray((order[:, None] << 4 | order).ravel())  # [256]
     return renamed.at[packed].get(mode="promise_in_bounds")
 

@@ -92,7 +92,7 @@ def test_decoding_of_double_quantization(name, quant_type):
     w, expected = cases(name, quant_type)
     weights = {}
     for b, e in expected.items():
-        spec = q4jax.QuantSpec.of(w.shape, w.dtype, quant_type, b, True)
+        spec = q4jax.QuantSpec.from_shape(w.shape, w.dtype, quant_type, b, True)
         lead = w.shape[: w.ndim - len(spec.shape)]
         codes = jnp.asarray(e["nest_q"].reshape(*lead, *spec.absmax_shape))
         if "packed" in e:

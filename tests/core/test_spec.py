@@ -23,7 +23,7 @@ SPEC = QuantSpec("nf4", 64, 256, "float32", (128, 256))
     ],
 )
 def test_layout(shape, blocksize, matrix, packed, absmax):
-    spec = QuantSpec.of(shape, "float32", "nf4", blocksize, False)
+    spec = QuantSpec.from_shape(shape, "float32", "nf4", blocksize, False)
     assert (spec.shape, spec.packed_shape, spec.absmax_shape) == (matrix, packed, absmax)
     assert spec.in_rows == (shape[-1] % blocksize == 0)
 

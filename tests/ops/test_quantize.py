@@ -124,7 +124,7 @@ def test_tiles_of_rows_are_the_reference(n, quant_type, rng):
         w.ravel()[i] = specials[i // 320 % len(specials)]
     w.ravel()[64:128] = 0 if n > 1 else -0.0
     w.ravel()[0:32] *= 1e-40  # blocks of subnormals
-    spec = QuantSpec.of(w.shape, "float32", quant_type, 32, False)
+    spec = QuantSpec.from_shape(w.shape, "float32", quant_type, 32, False)
     rows = jax.jit(lambda w: xla.quantize_rows(w, quant_type=quant_type, blocksize=32))(w)
     flat = jax.jit(lambda w: blockwise.quantize_flat(w, spec))(w)
     for a, b in zip(rows, flat, strict=True):

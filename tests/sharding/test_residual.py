@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax.sharding.partition import outputs_are_whole, whole_features, whole_outputs
+from q4jax.sharding.residual import outputs_are_whole, whole_features, whole_outputs
 
 
 def test_the_identity_and_its_gradient():

@@ -15,7 +15,7 @@ def normal(seed, *shape, dtype="float32"):
 def random_weight(shape, blocksize=64, nested=True, quant_type="nf4", dtype="float32"):
     """A weight with any codes and any scales that are not negative."""
     rng = np.random.default_rng(shape[0] + blocksize)
-    spec = QuantSpec.of(shape, dtype, quant_type, blocksize, nested)
+    spec = QuantSpec.from_shape(shape, dtype, quant_type, blocksize, nested)
     packed = rng.integers(0, 256, spec.packed_shape, np.uint8)
     if nested:
         codes = rng.integers(0, 256, spec.absmax_shape, np.uint8)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from q4jax.core.codebooks import QUANT_TYPES
+from q4jax.core.codebooks import check_quant_type
 from q4jax.core.spec import FLOAT_DTYPES, QuantSpec
 from q4jax.core.state import QuantState
 from q4jax.interop.placement import Placement, place
 from q4jax.interop.safetensors.reader import Entry, parse_json
 from q4jax.interop.safetensors.writer import Layout
-from q4jax.ops.params import Params4bit
+from q4jax.ops.params import Params4bit, as_params4bit
 
 _ARRAYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = re.compile(r"(?s)(?:(.*)\.)?(quant_state\.bitsandbytes__(.*))")
@@ -68,8 +68,7 @@ def sort_names(layouts: Mapping[str, Layout | Entry]) -> Contents:
         name, state, quant_type = match.groups()
         if not name:
             raise ValueError(f"{key!r} has no weight before it")
-        if quant_type not in QUANT_TYPES:
-            raise ValueError(f"{key}: quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+        check_quant_type(quant_type, f"{key}: quant_type")
         if name in groups:
             raise ValueError(f"exactly one quant_state item expected for {name}, got two: {key}")
         groups[name] = Group(name, {state: key})
@@ -181,7 +180,7 @@ def read_spec(group: Group, tensors: Mapping[str, np.ndarray]) -> tuple[QuantSpe
         scalars = _check_json({"quant_state": tensors[key]})
         shape, nested = tuple(scalars["shape"]), "nested_absmax" in group.statistics
         quant_type, dtype = scalars.get("quant_type", ""), scalars.get("dtype", "")
-        spec = QuantSpec.of(shape, dtype, quant_type, scalars.get("blocksize", 0), nested)
+        spec = QuantSpec.from_shape(shape, dtype, quant_type, scalars.get("blocksize", 0), nested)
         return spec, shape[: len(shape) - len(spec.shape)]
     except ValueError as error:
         raise ValueError(f"{group.name}: {error}") from None
@@ -236,7 +235,7 @@ def write_weight(name: str, weight: Params4bit, quant_storage: str) -> dict[str,
     """
     container = CONTAINERS[quant_storage]
     try:
-        tensors = Params4bit.of(weight, None).state_dict(name)
+        tensors = as_params4bit(weight).state_dict(name)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     codes = np.ascontiguousarray(tensors[name]).reshape(-1)

@@ -10,7 +10,7 @@ from q4jax.models.llama.config import LlamaConfig
 from q4jax.models.llama.kv_cache import KVCache
 from q4jax.models.llama.norm import LlamaRMSNorm
 from q4jax.models.llama.rope import rotate
-from q4jax.sharding.partition import whole_outputs
+from q4jax.sharding.residual import whole_outputs
 
 Rotation = tuple[jax.Array, jax.Array]  # cosine, sine
 

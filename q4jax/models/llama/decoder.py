@@ -19,7 +19,7 @@ from q4jax.models.llama.kv_cache import KVCache
 from q4jax.models.llama.mlp import LlamaExperts, LlamaMLP
 from q4jax.models.llama.norm import LlamaRMSNorm
 from q4jax.models.llama.rope import rotation
-from q4jax.sharding.partition import whole_features
+from q4jax.sharding.residual import whole_features
 
 Carry = tuple[jax.Array, KVCache | None]  # residual stream, cache
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.models.llama.config import ExpertsConfig, LlamaConfig
-from q4jax.sharding.partition import whole_outputs
+from q4jax.sharding.residual import whole_outputs
 
 # Rows of a block: more are less padding's worth of calls, and more padding.
 _LARGEST_BLOCK = 64

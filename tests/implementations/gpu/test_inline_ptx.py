@@ -75,7 +75,9 @@ def test_an_unknown_instruction_is_an_error():
 def test_tables(quant_type, dtype):
     """Scale times codebook in float32, rounded once: bit for bit."""
     with np.errstate(all="ignore"):
-        products = (SCALES[:, None] * codebooks.CODE[quant_type]).astype(jnp.dtype(dtype))
+        products = (SCALES[:, None] * codebooks.CODEBOOKS[quant_type].values).astype(
+            jnp.dtype(dtype)
+        )
     for part, word in itertools.product(range(decode.table_count(dtype)), range(8)):
         asm = decode.table_word_asm(quant_type, dtype, part, word)
         found = run(asm, [SCALES], "int32").view(np.uint32)

@@ -79,7 +79,7 @@ def assert_same(found, expected):
 
 def assert_quantized(operations, w, quant_type, blocksize):
     """As the reference on JAX."""
-    spec = QuantSpec.of(w.shape, w.dtype, quant_type, blocksize, False)
+    spec = QuantSpec.from_shape(w.shape, w.dtype, quant_type, blocksize, False)
     expected = jax.jit(blockwise.quantize_flat, static_argnums=1)(jnp.asarray(w), spec)
     for found, value in zip(operations.quantize(w, quant_type, blocksize), expected, strict=True):
         assert_same(found, np.asarray(value))
@@ -155,7 +155,9 @@ def test_dequantize_odd_scales(operations, blocksize):
     weight = weight_arguments(packed, scales, n, "nf4", blocksize)
     codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(n, -1)
     with np.errstate(all="ignore"):
-        w = codebooks.CODE["nf4"][codes] * flush(scales).repeat(blocksize).reshape(n, -1)
+        w = codebooks.CODEBOOKS["nf4"].values[codes] * flush(scales).repeat(blocksize).reshape(
+            n, -1
+        )
     for dtype in DTYPES:
         found, expected = operations.dequantize(weight, dtype), flush(w).astype(DTYPES[dtype])
         assert_same(found, expected)

@@ -62,7 +62,7 @@ def odd_input(dtype):
 def test_odd_input_as_the_reference(quant_type, dtype):
     w = odd_input(dtype)
     for size in (w.size, w.size - 1, 768, 31):
-        spec = QuantSpec.of((size,), dtype, quant_type, 64, False)
+        spec = QuantSpec.from_shape((size,), dtype, quant_type, 64, False)
         expected = jax.jit(blockwise.quantize_flat, static_argnums=1)(w[:size], spec)
         for found in in_every_isa(quantize(quant_type), w[:size]):
             for a, b in zip(found, expected, strict=True):

@@ -111,7 +111,8 @@ def test_quantize_at_the_ends_of_the_range(quant_type, dtype):
 def test_values_on_thresholds_take_the_lower_code():
     from q4jax import codebooks
 
-    for quant_type, thresholds in codebooks.THRESHOLDS.items():
+    for quant_type, book in codebooks.CODEBOOKS.items():
+        thresholds = book.thresholds
         up = np.nextafter(thresholds, np.float32(2))
         row = np.concatenate([[1], thresholds, up, np.zeros(33)]).astype(np.float32)[None]
         found, _ = q4jax.quantize_4bit(jnp.asarray(row), 64, False, quant_type, **KERNELS)

@@ -146,7 +146,7 @@ def test_inside_shard_map(check_vma):
     weight = weight_of(nested=False)
 
     def partial(x, packed, absmax):
-        spec = q4jax.QuantSpec.of((N, K // 2), "float32", "nf4", 64, False)
+        spec = q4jax.QuantSpec.from_shape((N, K // 2), "float32", "nf4", 64, False)
         state = q4jax.QuantState(absmax, None, None, spec)
         return jax.lax.psum(q4jax.matmul_4bit(x, packed, state), "part")
 

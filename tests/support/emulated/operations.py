@@ -44,8 +44,8 @@ class Operations:
             size=w.size,
             blocksize=blocksize,
             dtype=NUMBERS[w.dtype.name],
-            thresholds=codebooks.THRESHOLDS[quant_type],
-            sorted_codes=codebooks.SORTED_CODES[quant_type],
+            thresholds=codebooks.CODEBOOKS[quant_type].thresholds,
+            sorted_codes=codebooks.CODEBOOKS[quant_type].sorted_codes,
         )
 
     def dequantize(self, weight, dtype):
@@ -133,5 +133,5 @@ def weight_arguments(packed, scales, n, quant_type, blocksize):
     else:
         named = {"plain": scales}
     k = 2 * packed.size // n
-    code = codebooks.CODE[quant_type]
+    code = codebooks.CODEBOOKS[quant_type].values
     return {"packed": packed, "code": code, "n": n, "k": k, "blocksize": blocksize} | named
