@@ -81,7 +81,7 @@ def _sum(flat: Array) -> Array:
     return flat[0]
 
 
-def compress(absmax: Array) -> tuple[Array, Array, Array]:
+def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
     """Double quantization: (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
     # The mean by a true division: a divisor that does not depend on data would become a product
     # with the reciprocal, and that be contracted into the subtraction.

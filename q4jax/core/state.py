@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from q4jax.core import bnb_format, codebooks
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 
 _SEPARATOR = "__"
@@ -214,9 +215,32 @@ def _check_array(
         )
 
 
-def check_packed(packed: Array, state: QuantState) -> None:
-    """ValueError where the codes do not fit the state, or the state does not fit itself."""
+def unpack_weight(packed: Any, state: QuantState | None = None) -> tuple[Array, QuantState]:
+    """The codes and the state of a weight in either form that functions take, checked to fit.
+
+    Args:
+      packed: uint8 codes, or a `Params4bit`, which stands for both arguments.
+      state: the codes' state.
+
+    Raises:
+      TypeError: neither a Params4bit nor codes with their QuantState.
+      ValueError: codes that are not uint8, or arrays that do not fit the state.
+    """
+    if hasattr(packed, "quant_state"):
+        if state is not None:
+            raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
+        packed, state = packed.packed, packed.quant_state
+    if not isinstance(state, QuantState):
+        raise TypeError(
+            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
+        )
     _require_array("absmax", state.absmax, state.spec)
     _require_array("packed", packed, state.spec)
     _check_array("packed", packed, jnp.uint8, state.lead, state.spec)
     state.validate()
+    return packed, state
+
+
+def weight_arrays(packed: Array, state: QuantState) -> WeightArrays:
+    """The arrays of a weight, as the implementations take them."""
+    return WeightArrays(packed, state.absmax, state.nested_absmax, state.offset)

@@ -4,15 +4,13 @@ All raise NotImplementedError where the kernels are not in use or do not serve a
 ValueError for arrays that do not fit each other.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
 from q4jax.core import codebooks
@@ -47,10 +45,10 @@ def linear(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
-    return _product("q4jax_linear", quant_type, blocksize)(x, *weight, bias)
+    return _product("q4jax_linear", _static(quant_type, blocksize), x, *weight, bias)
 
 
-def transposed(
+def linear_transpose(
     g: Array,
     packed: Array,
     absmax: Array,
@@ -76,7 +74,7 @@ def transposed(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     no_bias = jnp.zeros(0, jnp.float32)
-    return _product("q4jax_transposed", quant_type, blocksize)(g, *weight, no_bias)
+    return _product("q4jax_transposed", _static(quant_type, blocksize), g, *weight, no_bias)
 
 
 def dequantize(
@@ -127,8 +125,8 @@ def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array
     return packed, absmax
 
 
-def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
-    """Double quantization of float32 scales, as `blockwise.compress` has it.
+def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
+    """Double quantization of float32 scales, as `blockwise.double_quantize` has it.
 
     Args:
       absmax: float32, any shape, not empty.
@@ -167,39 +165,19 @@ def _weight(packed, absmax, nested_absmax, offset, blocksize):
     return packed, absmax, nested_absmax, offset
 
 
-@functools.cache
-def _product(target: str, quant_type: str, blocksize: int) -> Callable[..., Array]:
-    """The product; where `vmap` batches only x, its batch becomes rows."""
-    static = _static(quant_type, blocksize)
-
-    @custom_vmap
-    def product(x, packed, *rest):
-        n, k = packed.shape[0], packed.shape[1] * 2
-        inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
-        if x.ndim != 2 or x.shape[1] != inner:
-            raise ValueError(
-                f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}"
-            )
-        result = ((x.shape[0], outer), x.dtype)
-        return _call(target, [result], x, packed, *rest, **static)[0]
-
-    @product.def_vmap
-    def batched(size, is_batched, x, *rest):
-        if not any(is_batched[1:]):
-            y = product(x.reshape(-1, x.shape[-1]), *rest)
-            return y.reshape(*x.shape[:-1], y.shape[-1]), True
-        operands = (x, *rest)
-
-        def one(i):
-            return product(*(a[i] if b else a for a, b in zip(operands, is_batched, strict=True)))
-
-        return lax.map(one, jnp.arange(size)), True
-
-    return product
+def _product(
+    target: str, static: dict[str, np.int64], x: Array, packed: Array, *rest: Array
+) -> Array:
+    n, k = packed.shape[0], packed.shape[1] * 2
+    inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
+    if x.ndim != 2 or x.shape[1] != inner:
+        raise ValueError(f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}")
+    result = ((x.shape[0], outer), x.dtype)
+    return _call(target, [result], x, packed, *rest, **static)[0]
 
 
 def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
-    number = list(codebooks.CODEBOOKS).index(quant_type)
+    number = library.quant_type_number(quant_type)
     return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
 
 

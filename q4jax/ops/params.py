@@ -1,6 +1,5 @@
 """`Params4bit`: a quantized weight, codes and state, as one pytree."""
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -10,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.core import blockwise
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.codebooks import QuantType
-from q4jax.core.spec import QuantSpec, float_dtype
-from q4jax.core.state import QuantState, check_packed
-from q4jax.ops import registry as implementations
-from q4jax.ops.weight_sharding import Operation
-from q4jax.sharding import partition
+from q4jax.core.spec import QuantSpec
+from q4jax.core.state import QuantState, unpack_weight, weight_arrays
+from q4jax.ops.dequantize import dequantize_4bit
+from q4jax.ops.quantize import quantize_4bit, require_finite
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -87,33 +85,25 @@ class Params4bit:
         check_finite: bool = True,
         implementation: str | None = None,
     ) -> "Params4bit":
-        """`quantize_4bit` with its two results as one pytree."""
-        if isinstance(w, (Params4bit, QuantState)):
-            raise TypeError(f"w is quantized already: {w!r}")
-        if not hasattr(w, "dtype") or not hasattr(w, "shape"):
-            raise TypeError(f"w must be an array, got {type(w).__name__}")
-        # Before jnp.asarray, which would turn float64 into float32 in silence.
-        dtype = float_dtype(w.dtype, "w.dtype")
-        spec = QuantSpec.from_shape(
-            w.shape, dtype, quant_type, blocksize, bool(compress_statistics)
+        """Quantize a weight: `quantize_4bit` with its two results as one pytree."""
+        packed, state = quantize_4bit(
+            w,
+            blocksize,
+            compress_statistics,
+            quant_type,
+            check_finite=check_finite,
+            implementation=implementation,
         )
-        arrays, finite = _quantize(w, spec, implementations.resolve(implementation))
-        if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
-            require_finite(w, "w")
-        state = QuantState(arrays.absmax, arrays.nested_absmax, arrays.offset, spec)
-        return cls(arrays.packed, state)
+        return cls(packed, state)
 
     def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> Array:
-        """The weight as `dtype` (None: the dtype it was quantized from), in its full shape."""
-        weight = as_params4bit(self)
-        dtype = weight.quant_state.dtype if dtype is None else float_dtype(dtype)
-        return _dequantize(weight, dtype, implementations.resolve(implementation))
+        """Return the weight in its full shape: `dequantize_4bit`."""
+        return dequantize_4bit(self.packed, self.quant_state, dtype, implementation=implementation)
 
     @property
-    def arrays(self) -> blockwise.WeightArrays:
+    def arrays(self) -> WeightArrays:
         """Its arrays alone, as the implementations take them."""
-        state = self.quant_state
-        return blockwise.WeightArrays(self.packed, state.absmax, state.nested_absmax, state.offset)
+        return weight_arrays(self.packed, self.quant_state)
 
     @property
     def nbytes(self) -> int:
@@ -231,40 +221,8 @@ class Params4bit:
 
 
 def as_params4bit(packed: Array | Params4bit, state: QuantState | None = None) -> Params4bit:
-    """Join the two forms in which functions take a weight, after checking that they fit together.
-
-    Args:
-      packed: uint8 codes, or a `Params4bit`, which stands for both arguments.
-      state: the codes' state.
-
-    Raises:
-      TypeError: neither a Params4bit nor codes with their QuantState.
-      ValueError: codes that are not uint8, or arrays that do not fit the state.
-    """
-    if isinstance(packed, Params4bit):
-        if state is not None:
-            raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
-        weight = packed
-    elif isinstance(state, QuantState):
-        weight = Params4bit(packed, state)
-    else:
-        raise TypeError(
-            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
-        )
-    check_packed(weight.packed, weight.quant_state)
-    return weight
-
-
-def require_finite(w: Array, name: str) -> None:
-    """ValueError, with the name of the tensor, where a concrete `w` holds NaN or inf."""
-    if isinstance(w, jax.core.Tracer):
-        return
-    count = int((~jnp.isfinite(jnp.asarray(w))).sum())
-    if count:
-        raise ValueError(
-            f"{name} holds NaN or inf ({count} of {w.size} elements of {w.dtype}{list(w.shape)}); "
-            f"check_finite=False quantizes it anyhow"
-        )
+    """Join the two forms in which functions take a weight, checked as by `unpack_weight`."""
+    return Params4bit(*unpack_weight(packed, state))
 
 
 def quantize_stacked(
@@ -290,29 +248,3 @@ def quantize_stacked(
     for _ in w.shape[:-2]:
         quantize = jax.vmap(quantize)
     return quantize(w)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _quantize(
-    w: Array, spec: QuantSpec, implementation: str | None
-) -> tuple[blockwise.WeightArrays, Array]:
-    """The arrays, and whether w is finite."""
-    packed, absmax = partition.run(Operation("quantize", implementation, spec), w)
-    finite = jnp.isfinite(absmax).all()
-    if not spec.nested:
-        return blockwise.WeightArrays(packed, absmax, None, None), finite
-    compressed = partition.run(Operation("compress", implementation, spec), absmax)
-    return blockwise.WeightArrays(packed, *compressed), finite
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
-def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
-    operation = Operation("dequantize", implementation, weight.quant_state.spec, dtype)
-
-    def dequantize(weight: Params4bit) -> Array:
-        return partition.run(operation, weight.arrays)[0]
-
-    offset = weight.quant_state.offset
-    for _ in range(0 if offset is None else offset.ndim):  # statistics of its own for each matrix
-        dequantize = jax.vmap(dequantize)
-    return dequantize(weight)
