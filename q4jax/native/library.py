@@ -124,6 +124,7 @@ def _open() -> ctypes.CDLL:
     data = scale_table()
     if not library.q4jax_set_scale_table(data, len(data)):
         raise _Unusable("it was built from other sources than this Python code")
+    _add_code_tables(library)
     return library
 
 
@@ -162,17 +163,21 @@ def quant_type_number(quant_type: str) -> int:
     with _LOCK:
         library = _load()[0]
         assert library is not None  # the caller asked `status`
-        # All in the order of CODEBOOKS: the numbers are in compiled programs.
-        for name, book in codebooks.CODEBOOKS.items():
-            if name not in _numbers:
-                data = code_table(book)
-                _numbers[name] = library.q4jax_add_code_table(data, len(data))
+        _add_code_tables(library)
     if _numbers[quant_type] < 0:
         raise NotImplementedError(f"implementation='native' has no room for {quant_type!r}")
     return _numbers[quant_type]
 
 
 _numbers: dict[str, int] = {}
+
+
+def _add_code_tables(library: ctypes.CDLL) -> None:
+    # In the order of CODEBOOKS, since the numbers are in compiled programs.
+    for name, book in codebooks.CODEBOOKS.items():
+        if name not in _numbers:
+            data = code_table(book)
+            _numbers[name] = library.q4jax_add_code_table(data, len(data))
 
 
 def code_table(book: codebooks.Codebook) -> bytes:
