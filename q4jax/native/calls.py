@@ -1,4 +1,4 @@
-"""The kernels as functions on arrays, for CPU only.
+"""The C++ kernels as functions on arrays, for CPU only.
 
 All raise NotImplementedError where the kernels are not in use or do not serve a layout, and
 ValueError for arrays that do not fit each other.
@@ -28,7 +28,7 @@ def linear(
     quant_type: str,
     blocksize: int,
 ) -> Array:
-    """x @ W.T + bias, accumulated in float32 and rounded once.
+    """Compute x @ W.T + bias, accumulated in float32 and rounded once.
 
     Args:
       x: [M, K], float32, float16 or bfloat16.
@@ -58,7 +58,7 @@ def linear_transpose(
     quant_type: str,
     blocksize: int,
 ) -> Array:
-    """g @ W, accumulated in float32 and rounded once: `linear`'s gradient with respect to x.
+    """Compute g @ W, accumulated in float32 and rounded once: the gradient of `linear`.
 
     Args:
       g: [M, N], float32, float16 or bfloat16.
@@ -87,7 +87,7 @@ def dequantize(
     blocksize: int,
     dtype: Any,
 ) -> Array:
-    """The weight, rounded once to `dtype`.
+    """Decode the weight, rounded once to `dtype`.
 
     Args:
       packed: as for `linear`.
@@ -107,7 +107,7 @@ def dequantize(
 
 
 def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array]:
-    """Codes and plain scales of a whole weight, as `blockwise.quantize_flat` has them.
+    """Quantize a weight of any shape, like `blockwise.quantize_flat`.
 
     Args:
       w: any shape, not empty; float32, float16 or bfloat16.
@@ -126,7 +126,7 @@ def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array
 
 
 def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
-    """Double quantization of float32 scales, as `blockwise.double_quantize` has it.
+    """Quantize float32 scales to 8 bits, like `blockwise.double_quantize`.
 
     Args:
       absmax: float32, any shape, not empty.
@@ -145,7 +145,7 @@ def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
 
 
 def _require(condition: bool, what: str) -> None:
-    """NotImplementedError where the kernels are not in use or the condition does not hold."""
+    """Raise NotImplementedError where the kernels are not in use or `condition` is false."""
     status = library.status()
     if status.isa is None:
         raise NotImplementedError(f"implementation='native' is not in use: {status.reason}")
@@ -154,7 +154,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _weight(packed, absmax, nested_absmax, offset, blocksize):
-    """The operands that stand for a weight. What is not there is empty: their number is fixed."""
+    """Return a weight's operands, whose number is fixed: those of plain scales are empty."""
     _require(packed.ndim == 2, "a weight in flat layout, whose rows are not whole blocks")
     n, k = packed.shape[0], packed.shape[1] * 2
     _require(n > 0 and k > 0 and k % blocksize == 0, f"[{n}, {k}] in blocks of {blocksize}")
@@ -182,7 +182,7 @@ def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
 
 
 def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> Sequence[Array]:
-    """The custom call; inside `jax.shard_map` all operands must vary over the same axes."""
+    """Call a kernel; inside `jax.shard_map` all operands must vary over the same axes."""
     axes: set[Any] = set().union(*(_varying(a) for a in operands))
     operands = tuple(
         lax.pcast(a, tuple(axes - _varying(a)), to="varying") if axes - _varying(a) else a
@@ -197,5 +197,5 @@ def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> Se
 
 
 def _varying(array: Array) -> frozenset[Any]:
-    """The axes of a surrounding `jax.shard_map` over which it differs."""
+    """Return the axes of a surrounding `jax.shard_map` over which an array varies."""
     return jax.typeof(array).mat.varying

@@ -44,7 +44,7 @@ class Status(NamedTuple):
 
 
 class _Unusable(Exception):
-    """The message says why."""
+    """The library cannot be used, for the reason in the message."""
 
 
 def status() -> Status:
@@ -77,7 +77,7 @@ def use_isa(isa: str) -> Iterator[None]:
 
 
 def _names(library: ctypes.CDLL | None) -> tuple[str, ...]:
-    """The instruction sets that a loaded library has for this machine, best first."""
+    """Return the instruction sets that a library has for this machine, best first."""
     names: list[str] = []
     while library is not None and (name := library.q4jax_isa(len(names))) is not None:
         names.append(name.decode())

@@ -29,7 +29,7 @@ def dequantize_4bit(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """The weight back: codebook times scale in float32, rounded once to `dtype`.
+    """Decode a 4-bit weight: codebook times scale in float32, rounded once to `dtype`.
 
     Args:
       packed: uint8 codes as `quantize_4bit` returns them, or a `Params4bit` for both arguments.

@@ -32,7 +32,7 @@ def matmul_4bit(
     *,
     implementation: str | None = None,
 ) -> Array:
-    """`x @ W.T + bias`, without W in memory where the platform allows it.
+    """Compute `x @ W.T + bias`, without W in memory where the platform allows it.
 
     W is decoded in float32 and rounded once to x's dtype; products are accumulated in float32,
     the bias is added in float32, and the sum is rounded once. The backward pass uses the same

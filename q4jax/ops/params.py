@@ -1,4 +1,4 @@
-"""`Params4bit`: a quantized weight, codes and state, as one pytree."""
+"""`Params4bit`, a quantized weight as one pytree."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from q4jax.ops.quantize import quantize_4bit, require_finite
 
 @jax.tree_util.register_pytree_with_keys_class
 class Params4bit:
-    """A 4-bit weight: what a model holds, and what every function takes for (packed, state).
+    """A 4-bit weight as one pytree; every function takes it in the place of (packed, state).
 
     An immutable pytree of at most four arrays. It has no `shape` and no `dtype`, so that nothing
     takes it for an array; those of the weight are `quant_state.shape` and `quant_state.dtype`.
@@ -28,7 +28,7 @@ class Params4bit:
       packed: uint8 codes, two a byte. Row form `[*lead, out, in/2]`, flat form `[*lead, bytes]`.
       quant_state: the scales and the static description.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> w = jax.random.normal(jax.random.key(0), (128, 256))
       >>> weight = q4jax.Params4bit.quantize(w, quant_type="nf4")
@@ -55,13 +55,13 @@ class Params4bit:
         return Params4bit, (self.packed, self.quant_state)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
-        """Children with their key names, for jax."""
+        """Return the children with their key names, for jax."""
         key = jax.tree_util.GetAttrKey
         return [(key("packed"), self.packed), (key("quant_state"), self.quant_state)], None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Iterable[Any]) -> "Params4bit":
-        """The inverse, for jax; children may be anything."""
+        """Invert `tree_flatten_with_keys`, for jax; children may be anything."""
         packed, quant_state = children
         return cls(packed, quant_state)
 
@@ -102,16 +102,16 @@ class Params4bit:
 
     @property
     def arrays(self) -> WeightArrays:
-        """Its arrays alone, as the implementations take them."""
+        """The weight's arrays, as the implementations take them."""
         return weight_arrays(self.packed, self.quant_state)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all arrays of the weight."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def partition_names(self, names: Sequence[Any]) -> "Params4bit":
-        """How its arrays are partitioned where the weight is, with a tuple for each array.
+        """Return the partition names of each array, given those of the weight.
 
         Codes and scales go together; double quantization's own statistics are replicated, but for
         leading axes.
@@ -123,7 +123,7 @@ class Params4bit:
           ValueError: not one name for each axis; a name for an axis of a matrix whose rows are not
             whole blocks: its arrays are flat.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), compress_statistics=True)
           >>> names = weight.partition_names(("mlp", "embed"))
@@ -150,7 +150,7 @@ class Params4bit:
         return cast("Params4bit", jax.tree.unflatten(tree, map(of, leaves)))
 
     def unstack(self) -> "Params4bit":
-        """The joint form (one call on an N-D weight) as the stacked one, exactly.
+        """Turn the joint form (one call on an N-D weight) into the stacked one, exactly.
 
         Every array of the result has the leading axes, so `scan`, `vmap` and indexing work.
 
@@ -189,7 +189,7 @@ class Params4bit:
         return Params4bit(packed, QuantState(absmax, nested_absmax, offset, matrix))
 
     def state_dict(self, prefix: str = "weight") -> dict[str, np.ndarray]:
-        """The weight as bitsandbytes' state dict has it, codes as uint8 `[bytes, 1]`.
+        """Return bitsandbytes' state dict of the weight, with codes as uint8 `[bytes, 1]`.
 
         Args:
           prefix: the name of the weight; its statistics follow as `<prefix>.absmax` and so on.
@@ -200,7 +200,7 @@ class Params4bit:
 
     @classmethod
     def from_prequantized(cls, data: Any, quantized_stats: Mapping[str, Any]) -> "Params4bit":
-        """The weight from bitsandbytes' arrays.
+        """Build the weight from bitsandbytes' arrays.
 
         Args:
           data: codes, `[bytes, 1]` or any shape: uint8, or a float or int8 array that contains

@@ -96,7 +96,7 @@ def require_finite(w: Array, name: str) -> None:
 def _quantize(
     w: Array, spec: QuantSpec, implementation: Implementation | None
 ) -> tuple[WeightArrays, Array]:
-    """The arrays, and whether w is finite."""
+    """Return the arrays, and whether w is finite."""
     packed, absmax = run(Quantize(spec, implementation), w)
     finite = jnp.isfinite(absmax).all()
     if not spec.nested:

@@ -19,7 +19,7 @@ from q4jax.xla.implementation import XLA
 
 
 class Implementation(Protocol):
-    """What computes the ops, on the arrays of one device.
+    """An implementation of the ops on the arrays of one device.
 
     Each method raises NotImplementedError, with the reason in one line, for a call that it cannot
     serve.

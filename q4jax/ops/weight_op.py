@@ -71,7 +71,7 @@ class WeightOp(ShardedOp):
         return self.compute(shard, IMPLEMENTATIONS["xla"], *operands)
 
     def visible_to_compiler(self, mesh_axes: MeshAxes) -> "WeightOp":
-        """The op in plain XLA."""
+        """Return the op in plain XLA."""
         xla = IMPLEMENTATIONS["xla"]
         if self.implementation not in (None, xla):
             raise NotImplementedError(

@@ -56,7 +56,7 @@ class WeightAxes(NamedTuple):
 def local_weight(
     shard: Shard, arrays: WeightArrays, spec: QuantSpec
 ) -> tuple[WeightArrays, QuantSpec]:
-    """One device's part of a weight, as a weight of its own.
+    """Return one device's part of a weight, as a weight that is complete.
 
     Nested scales are counted over the complete weight. Where the weight is sharded, they are
     decoded here.

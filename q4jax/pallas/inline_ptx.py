@@ -56,7 +56,7 @@ def _bind(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
 
 
 def emulate(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
-    """What `inline_asm` gives, instruction by instruction."""
+    """Compute the result of `inline_asm`, instruction by instruction."""
     registers: dict[str, Array] = {f"${i + 1}": _bits(a) for i, a in enumerate(args)}
     for line in re.split(r"[;{}]\s*", asm):
         operation, _, operands = line.strip().partition(" ")

@@ -75,7 +75,7 @@ class KernelConstants:
         return batch * -(-m // self.tile.m) * across * self.tile.splits
 
     def stride(self, name: str) -> int:
-        """Elements from one array of an operand to the batch's next: of activations, a row's."""
+        """Elements from one array of an operand to the batch's next; for activations, in a row."""
         n, k = self.tiling.shape
         blocks = n * k // self.tiling.spec.blocksize
         sizes = {
@@ -95,9 +95,9 @@ class KernelConstants:
         return decode.table_count(self.dtype)
 
     def table_word_asm(self, part: int, word: int) -> str:
-        """PTX of one word of a table."""
+        """Return the PTX of one word of a table."""
         return decode.table_word_asm(self.tiling.spec.quant_type, self.dtype, part, word)
 
     def pair_asm(self, byte: int) -> str:
-        """PTX of the weights of one byte of each word."""
+        """Return the PTX of the weights of one byte of each word."""
         return decode.pair_asm(byte)

@@ -1,4 +1,4 @@
-"""From arrays to a launch, one for a whole batch under `jax.vmap`."""
+"""Launch the Triton kernels, once for all of a batch under `jax.vmap`."""
 
 import functools
 from collections.abc import Callable

@@ -51,7 +51,7 @@ def below(index, limit, MATTERS: tl.constexpr, mask):
 
 @triton.jit
 def first_row(number, SIZE: tl.constexpr, rows):
-    """Where the tile of this number begins.
+    """Return the first row of the tile with this number.
 
     The last one ends with the rows, and shares some with the one before it: both programs store
     the same values there. Only rows that are fewer than a tile's are masked.

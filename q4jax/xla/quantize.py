@@ -16,7 +16,7 @@ _TILE_ROWS = 128
 
 
 def _absmax(blocks: Array) -> Array:
-    """[..., blocksize] -> [...], as an integer maximum, which NaN wins (a float one drops it).
+    """[..., blocksize] -> [...], as an integer maximum, in which NaN is the largest.
 
     Halving keeps every step a vector operation; a reduction would be scalar.
     """
@@ -28,7 +28,7 @@ def _absmax(blocks: Array) -> Array:
 
 
 def _select(values: list[Any], bits: list[Array]) -> Any:
-    """The entry of `values` that bits, most significant first, number."""
+    """Pick the entry of `values` whose index has these bits, most significant first."""
     for bit in reversed(bits):
         values = [jnp.where(bit, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]

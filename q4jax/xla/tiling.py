@@ -1,4 +1,4 @@
-"""Tiles of a weight for XLA's CPU backend: their sizes, the loop over them, and their decoding."""
+"""Tiles of a weight for XLA's CPU backend: sizes, the loop over them, decoding."""
 
 import functools
 import importlib.resources
