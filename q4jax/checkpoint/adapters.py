@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from q4jax.lora.adapter import Adapter
-from q4jax.nnx.traverse import walk_modules
+from q4jax.nnx.traverse import iter_modules
 from q4jax.tree.fingerprint import fingerprint
 
 M = TypeVar("M", bound=nnx.Module)
@@ -43,7 +43,7 @@ def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, An
     """
     settings = {
         path: [module.rank, module.alpha, module.rslora]
-        for path, module in walk_modules(model)
+        for path, module in iter_modules(model)
         if isinstance(module, Adapter)
     }
     if not settings:

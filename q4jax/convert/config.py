@@ -43,6 +43,8 @@ class QuantConfig:
       'nf4'
     """
 
+    __module__ = "q4jax"
+
     quant_type: QuantType = "nf4"
     blocksize: int = 64
     compress_statistics: bool = True

@@ -1,4 +1,4 @@
-"""What is done with each layer of a model, and why."""
+"""`Plan`: what `quantize_model` does with each layer of a model, and why."""
 
 import dataclasses
 import logging
@@ -12,32 +12,40 @@ _logger = logging.getLogger("q4jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """How a layer becomes 4-bit.
+class Conversion:
+    """How one layer becomes 4-bit.
 
     Attributes:
-      why_not: why this one cannot, or None.
-      quantize: (module, path, settings) to the new module; None where why_not says so always.
-      embedding: it is one, so that a rule must ask for it.
+      unsupported_reason: why this layer cannot, or None.
+      quantize: a function from (module, path, settings) to the new module; None where no layer of
+        the class can.
+      is_embedding: whether it is an embedding, which a rule must ask for.
     """
 
-    why_not: str | None
+    unsupported_reason: str | None
     quantize: Callable[[Any, str, dict[str, Any]], Any] | None = None
-    embedding: bool = False
+    is_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What `quantize_model` does with one layer, and why where it leaves it alone.
+    """What `quantize_model` does with one layer.
 
-    `unserved`: it is a layer that multiplies, nothing asked to keep it, and yet it is kept.
+    Attributes:
+      path: the layer's dotted path.
+      layer: the name of its class.
+      quantize: whether it becomes 4-bit.
+      reason: why it is kept.
+      unsupported: whether it is a matmul layer that no rule excludes but q4jax cannot quantize;
+        there is a warning about it.
+      rule: the rule by which it becomes 4-bit.
     """
 
     path: str
     layer: str
     quantize: bool
     reason: str = ""
-    unserved: bool = False
+    unsupported: bool = False
     rule: QuantRule | None = None
 
     def __str__(self) -> str:
@@ -46,47 +54,48 @@ class Decision:
 
 
 class Plan(list[Decision]):
-    """The decisions for all layers of a model, in its order; prints one a line."""
+    """The decisions for all layers of a model, in the model's order; prints one a line."""
 
     @property
     def quantized(self) -> list[Decision]:
-        """Those that become 4-bit."""
+        """The decisions for layers that become 4-bit."""
         return [decision for decision in self if decision.quantize]
 
     @property
     def kept(self) -> list[Decision]:
-        """Those that are left alone, each with its reason."""
+        """The decisions for layers that are kept, with their reasons."""
         return [decision for decision in self if not decision.quantize]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
 
-def decide(path: str, layer: str, kind: Kind, rules: Rules) -> Decision:
-    """What the rules say of a layer; ValueError where one names what cannot be quantized."""
+def make_decision(path: str, layer: str, conversion: Conversion, rules: Rules) -> Decision:
+    """Apply the rules to a layer; ValueError where one names a layer that cannot be quantized."""
     rule, reason = rules.choose(path)
     if rule is None:
         return Decision(path, layer, False, reason)
-    if kind.embedding and not rule.embeddings:
+    if conversion.is_embedding and not rule.embeddings:
         reason = "an embedding; QuantRule(embeddings=True) takes it"
         return Decision(path, layer, False, reason)
-    if kind.why_not is None:
+    unsupported = conversion.unsupported_reason
+    if unsupported is None:
         return Decision(path, layer, True, rule=rule)
     if rule.pattern != EVERY:
         raise ValueError(
             f"rule {rule.pattern!r} matches {path} ({layer}), which cannot be quantized: "
-            f"{kind.why_not}"
+            f"{unsupported}"
         )
-    return Decision(path, layer, False, kind.why_not, unserved=kind.quantize is not None)
+    return Decision(path, layer, False, unsupported, conversion.quantize is not None)
 
 
 def report(decisions: Sequence[Decision]) -> None:
-    """Logs what happens to each layer and why; ValueError where none is quantized."""
+    """Log each decision; ValueError where no layer becomes 4-bit."""
     if not any(decision.quantize for decision in decisions):
         found = "; ".join(map(str, decisions)) or "it has no layer with a weight"
         raise ValueError(f"quantize_model matched no layer of the model: {found}")
     for decision in decisions:
         _logger.info("%s", decision)
-    unserved = [decision for decision in decisions if decision.unserved]
-    if unserved:
-        warnings.warn("not quantized: " + "; ".join(map(str, unserved)), stacklevel=3)
+    unsupported = [decision for decision in decisions if decision.unsupported]
+    if unsupported:
+        warnings.warn("not quantized: " + "; ".join(map(str, unsupported)), stacklevel=3)

@@ -50,6 +50,8 @@ class QuantRule:
       ('fp4_b32_n256_float32_64x64', 'Linear')
     """
 
+    __module__ = "q4jax"
+
     pattern: str = EVERY
     _: dataclasses.KW_ONLY
     skip: bool = False

@@ -61,6 +61,8 @@ class QuantSpec:
       True
     """
 
+    __module__ = "q4jax"
+
     quant_type: str
     blocksize: int
     nested_blocksize: int

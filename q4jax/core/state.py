@@ -47,6 +47,8 @@ class QuantState:
     *Joint*: one call on an N-D weight; the nested statistics are shared and do not have them.
     """
 
+    __module__ = "q4jax"
+
     __slots__ = ("absmax", "nested_absmax", "offset", "spec")
     absmax: Array
     nested_absmax: Array | None

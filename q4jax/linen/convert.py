@@ -16,9 +16,10 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from q4jax.convert.kernel_axes import Fold
-from q4jax.convert.plan import Kind, Plan, decide, report
-from q4jax.convert.registry import Hosted4bit, as_folds, describe_layer
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.convert.plan import Conversion, Plan, make_decision, report
+from q4jax.convert.quantized_param import QuantizedParam
+from q4jax.convert.registry import describe_layer, resolve_axes
 from q4jax.convert.rules import Config, Rules
 
 COLLECTION = "quant"
@@ -27,7 +28,7 @@ Path = tuple[str, ...]
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class BoxedWeight(Hosted4bit, meta.AxisMetadata[Array]):
+class BoxedWeight(QuantizedParam, meta.AxisMetadata[Array]):
     """A 4-bit weight in the place of a parameter: a box that Linen opens where it is read."""
 
     def unbox(self) -> Array:
@@ -52,8 +53,8 @@ class _Layer:
     """A module that was seen at work."""
 
     name: str
-    kind: Kind
-    folds: Mapping[str, Fold]
+    conversion: Conversion
+    axes: Mapping[str, KernelAxes]
 
 
 def quantize_params(
@@ -103,11 +104,11 @@ def quantize_params(
     for decision in plan.quantized:
         at = tuple(filter(None, decision.path.split("/")))
         assert decision.rule is not None
-        for name, fold in layers[at].folds.items():
+        for name, axes in layers[at].axes.items():
             where, leaf = "/".join((*at, name)), params.pop((*at, name))
             settings = decision.rule.settings
             quant[(*at, name)] = BoxedWeight.quantize(
-                meta.unbox(leaf), fold, where, kind=None, **settings
+                meta.unbox(leaf), axes, where, variable=None, **settings
             )
     return {**variables, "params": unflatten_dict(params), COLLECTION: unflatten_dict(quant)}
 
@@ -163,7 +164,7 @@ def _plan(
     layers = _watch(model, variables, args, kwargs)
     plan = Plan()
     for path, layer in sorted(layers.items()):
-        plan.append(decide("/".join(path), layer.name, layer.kind, rules))
+        plan.append(make_decision("/".join(path), layer.name, layer.conversion, rules))
     rules.require_matches([decision.path for decision in plan])
     return plan, layers
 
@@ -203,50 +204,52 @@ def _watch(
 
 def _merge(one: _Layer, other: _Layer) -> _Layer:
     """Two modules of one scope (`nn.share_scope`), or one that was called twice."""
-    if one.folds and other.folds:
-        return dataclasses.replace(one, folds={**other.folds, **one.folds})
-    return one if one.folds else other
+    if one.axes and other.axes:
+        return dataclasses.replace(one, axes={**other.axes, **one.axes})
+    return one if one.axes else other
 
 
 def _layer(module: nn.Module, shapes: dict[str, Any], *args: Any, **kwargs: Any) -> _Layer | None:
     name = type(module).__name__
-    folds = describe_layer(module, shapes, *args, **kwargs)
-    embedding = folds is None and isinstance(module, nn.Embed)
-    if folds is None:
-        folds = _flax_folds(module, shapes, *args, **kwargs)
-    if isinstance(folds, str):
-        return _Layer(name, Kind(folds), {})
-    return None if folds is None else _Layer(name, Kind(None, embedding=embedding), folds)
+    axes = describe_layer(module, shapes, *args, **kwargs)
+    embedding = axes is None and isinstance(module, nn.Embed)
+    if axes is None:
+        axes = _flax_axes(module, shapes, *args, **kwargs)
+    if isinstance(axes, str):
+        return _Layer(name, Conversion(axes), {})
+    return None if axes is None else _Layer(name, Conversion(None, is_embedding=embedding), axes)
 
 
-def _flax_folds(
+def _flax_axes(
     module: nn.Module, shapes: dict[str, Any], *args: Any, **kwargs: Any
-) -> Mapping[str, Fold] | str | None:
+) -> Mapping[str, KernelAxes] | str | None:
     """The weights of Flax's own layers; a string, why not; None where there is none."""
     kernel = tuple(shapes.get("kernel", ()))
     if isinstance(module, nn.Dense):
-        return {"kernel": Fold(kernel, (0,))}
+        return {"kernel": KernelAxes(kernel, (0,))}
     if isinstance(module, nn.DenseGeneral):
         batch, inputs = (
             1 if isinstance(axes, int) else len(axes) for axes in (module.batch_dims, module.axis)
         )
-        return {"kernel": Fold(kernel, tuple(range(batch, batch + inputs)), tuple(range(batch)))}
+        return {
+            "kernel": KernelAxes(kernel, tuple(range(batch, batch + inputs)), tuple(range(batch)))
+        }
     if isinstance(module, nn.Einsum):
         text = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-        return as_folds({"kernel": text or module.einsum_str or ""}, shapes)
+        return resolve_axes({"kernel": text or module.einsum_str or ""}, shapes)
     if isinstance(module, nn.Embed):
-        return {"embedding": Fold(shapes["embedding"], (1,))}
+        return {"embedding": KernelAxes(shapes["embedding"], (1,))}
     if isinstance(module, nn.Conv | nn.ConvTranspose):
         return "a convolution"
     weights = sorted(name for name, shape in shapes.items() if len(shape) > 1)
     if weights and not isinstance(module, _NORMS):
-        return f"no kind of layer that is known; register_layer for its {weights}"
+        return f"its class is unknown; register_layer for its {weights}"
     return None
 
 
 def _fill(box: BoxedWeight, state: Any) -> BoxedWeight:
     weight = serialization.from_state_dict(box.weight, state)
-    return BoxedWeight(weight, box.fold, box.dtype, box.kind)
+    return BoxedWeight(weight, box.kernel_axes, box.dtype, box.variable)
 
 
 serialization.register_serialization_state(

@@ -1,4 +1,4 @@
-"""LoRA adapters: what they add to a linear layer, to an embedding, to a weight."""
+"""LoRA adapters of linear layers, of embeddings and of single weights."""
 
 import math
 from typing import Any
@@ -9,34 +9,27 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from q4jax.convert.kernel_axes import Equation, Fold, Product
-from q4jax.nnx.einsum import (
-    Einsum4bit,
-    LinearGeneral4bit,
-    einsum_fold,
-    general_equation,
-    general_fold,
-)
-from q4jax.nnx.linear import Embedding4bit, Linear4bit
-from q4jax.nnx.readable import Read
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.nnx.converters import LayerConverter, converter_for
+from q4jax.nnx.quantized_variable import Readable
+from q4jax.ops.params import Params4bit
 
 Lead = tuple[int, ...]
-LINEAR_4BIT = (Linear4bit, LinearGeneral4bit, Einsum4bit)
 
 
 class Adapter(nnx.Module):
-    """A low-rank change of a weight: `lora_a @ lora_b * scale`, `[*lead, in, out]`.
+    """A low-rank update of a weight: `lora_a @ lora_b * scale`, `[*lead, in, out]`.
 
     `lora_a` and `lora_b` are `nnx.LoRAParam`s: train them with `nnx.DiffState(0, nnx.LoRAParam)`
     and `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`.
 
     Args:
-      base: what it changes, frozen.
+      base: the frozen layer or weight that the adapter updates.
       rank: inner width.
       alpha: numerator of the scale.
-      rslora: the scale is `alpha / sqrt(rank)` and not `alpha / rank`.
-      dropout: share of the adapter's input that is zeroed; not after `model.eval()`.
-      param_dtype: dtype of the adapters. They compute in the dtype of the base's result.
+      rslora: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
+      dropout: share of the adapter's input that is zeroed until `model.eval()`.
+      param_dtype: dtype of `lora_a` and `lora_b`. They compute in the dtype of the base's output.
       rngs: random streams.
     """
 
@@ -62,11 +55,11 @@ class Adapter(nnx.Module):
         self.lora_b = nnx.LoRAParam(b)
 
     def sizes(self) -> tuple[Lead, int, int]:
-        """The leading axes, in and out."""
+        """Return the leading axes, and the sizes in and out."""
         raise NotImplementedError
 
     def start(self, rngs: nnx.Rngs) -> tuple[Array, Array]:
-        """New values: `lora_a` uniform in ±1/sqrt(in), `lora_b` zero, so that nothing changes."""
+        """Return initial values: `lora_a` uniform in ±1/sqrt(in) and `lora_b` zero."""
         lead, inputs, outputs = self.sizes()
         bound = 1.0 / math.sqrt(inputs)
         shape = (*lead, inputs, self.rank)
@@ -75,16 +68,16 @@ class Adapter(nnx.Module):
 
     @property
     def scale(self) -> float:
-        """What the product of the two is multiplied with."""
+        """The factor of the product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def delta(self) -> Array:
-        """float32 `[*lead, in, out]`: what is added to the weight."""
+        """Return the update of the weight, float32 `[*lead, in, out]`."""
         low, high = (v[...].astype(jnp.float32) for v in (self.lora_a, self.lora_b))
         return jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST) * self.scale
 
     def _dropout(self, rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
-        """A dropout with a random stream for each layer of a stack."""
+        """Return a dropout layer with a random stream for each layer of a stack."""
 
         def make(rngs: nnx.Rngs) -> nnx.Dropout:
             return nnx.Dropout(rate, rngs=rngs)
@@ -94,19 +87,19 @@ class Adapter(nnx.Module):
         return make(rngs)
 
     def _stack(self) -> Lead:
-        """The leading axes that `vmap` or `scan` take away before a call."""
+        """The leading axes that `vmap` or `scan` remove before a call."""
         return self.sizes()[0]
 
 
 class LoRALinear4bit(Adapter):
     """A linear layer with an adapter: `base(x) + dropout(x) @ lora_a @ lora_b * scale`.
 
-    The base is a `Linear4bit`, `LinearGeneral4bit` or `Einsum4bit`, or the dense layer of Flax that
-    one replaces; where its weight is stacked, so are the adapters. Arguments as for `Adapter`.
+    The base is a 4-bit linear layer, or the dense layer that one replaces. Where its weight is
+    stacked, so is the adapter. It takes the arguments of `Adapter`.
     """
 
     def __call__(self, x: Array, **kwargs: Any) -> Array:
-        """What the base takes, to what it gives, in the base's compute dtype."""
+        """Apply the base layer and add the adapter's output, in the base's compute dtype."""
         y = self.base(x, **kwargs)
         x = x if self.dropout is None else self.dropout(x)
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
@@ -114,114 +107,109 @@ class LoRALinear4bit(Adapter):
         def product(rows: Array) -> Array:
             return (rows @ a) @ b
 
-        return y + _through(self.base, x.astype(y.dtype), product) * jnp.asarray(
-            self.scale, y.dtype
-        )
+        update = _converter(self.base).apply(self.base, x.astype(y.dtype), product)
+        return y + update * jnp.asarray(self.scale, y.dtype)
 
     def sizes(self) -> tuple[Lead, int, int]:
-        """The leading axes, in and out."""
-        fold = fold_of(self.base)
-        out, inputs = fold.matrix
-        return (*self._stack(), *fold.lead), inputs, out
+        """Return the leading axes, and the sizes in and out."""
+        axes = kernel_axes_of(self.base)
+        out, inputs = axes.matrix
+        return (*self._stack(), *axes.lead), inputs, out
 
     def _stack(self) -> Lead:
-        fold, base = fold_of(self.base), self.base
-        if isinstance(base, LINEAR_4BIT):
-            lead = base.weight.quant_state.lead
-            return lead[: len(lead) - len(fold.lead)]
-        shape = tuple(base.kernel.shape)
-        return shape[: len(shape) - len(fold.shape)]
+        axes, base = kernel_axes_of(self.base), self.base
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, Params4bit):
+            lead = weight.quant_state.lead
+            return lead[: len(lead) - len(axes.lead)]
+        shape = tuple(getattr(base, _converter(base).weight).shape)
+        return shape[: len(shape) - len(axes.shape)]
 
 
-def fold_of(layer: Any) -> Fold:
-    """How the weight of a linear layer of Flax, or of its 4-bit twin, makes matrices."""
-    if isinstance(layer, LinearGeneral4bit | Einsum4bit):
-        return layer.fold
-    if isinstance(layer, nnx.LinearGeneral):
-        return general_fold(layer)
-    if isinstance(layer, nnx.Einsum):
-        return einsum_fold(layer)
-    return Fold((layer.in_features, layer.out_features), inputs=(0,))
+def kernel_axes_of(layer: Any) -> KernelAxes:
+    """Return the kernel axes of a linear layer, dense or 4-bit."""
+    axes = _converter(layer).kernel_axes
+    if axes is None:
+        raise TypeError(f"a {type(layer).__name__} is not a linear layer")
+    return axes(layer)
 
 
-def _through(layer: Any, x: Array, product: Product) -> Array:
-    """A product of matrices in the place of the layer's weight, without its bias."""
-    if isinstance(layer, Linear4bit | nnx.Linear):
-        return product(x)
-    if isinstance(layer, nnx.LinearGeneral):
-        equation = general_equation(layer, x.ndim)
-    elif isinstance(layer, nnx.Einsum):
-        equation = Equation.parse(layer.einsum_str)
-    else:
-        equation = layer.equation(x.ndim)
-    return equation.apply(x, product, fold_of(layer))
+def _converter(layer: Any) -> LayerConverter:
+    converter = converter_for(layer)
+    if converter is None:
+        raise TypeError(f"q4jax does not know the layer class {type(layer).__name__}")
+    return converter
 
 
 class LoRAEmbedding4bit(Adapter):
     """An embedding with an adapter: `base(ids) + lora_a[ids] @ lora_b * scale`, and in `attend`.
 
-    The base is an `Embedding4bit` or an `nnx.Embed`. Arguments as for `Adapter`, but there is no
-    dropout: its input are numbers.
+    The base is an `Embedding4bit` or an `nnx.Embed`. It takes the arguments of `Adapter` but
+    dropout, since its inputs are integers.
     """
 
     def __call__(self, ids: Array, **kwargs: Any) -> Array:
-        """Integers `[...]` to `[..., features]`."""
+        """Look up integers `[...]`: `[..., features]`."""
         y = self.base(ids, **kwargs)
         low = jnp.take(self.lora_a[...], ids, axis=0).astype(y.dtype)
         return y + low @ self.lora_b[...].astype(y.dtype) * jnp.asarray(self.scale, y.dtype)
 
     def attend(self, query: Array, **kwargs: Any) -> Array:
-        """`[..., features]` to `[..., num_embeddings]`."""
+        """Map `[..., features]` to `[..., num_embeddings]`."""
         y = self.base.attend(query, **kwargs)
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
         return y + (query.astype(y.dtype) @ b.T) @ a.T * jnp.asarray(self.scale, y.dtype)
 
     def start(self, rngs: nnx.Rngs) -> tuple[Array, Array]:
-        """New values: `lora_a` zero and `lora_b` normal, as PEFT has them for embeddings."""
+        """Return initial values: `lora_a` zero and `lora_b` normal, as in PEFT."""
         lead, rows, features = self.sizes()
         b = jax.random.normal(rngs.params(), (*lead, self.rank, features), self.param_dtype)
         return jnp.zeros((*lead, rows, self.rank), self.param_dtype), b
 
     def sizes(self) -> tuple[Lead, int, int]:
-        """The leading axes, rows and features."""
+        """Return the leading axes, and the numbers of rows and features."""
         base = self.base
-        if isinstance(base, Embedding4bit):
-            lead = base.weight.quant_state.lead
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, Params4bit):
+            lead = weight.quant_state.lead
         else:
             lead = tuple(base.embedding.shape[:-2])
         return lead, base.num_embeddings, base.features
 
 
-class LoRAWeight(Adapter, Read):
-    """A weight with an adapter, in the place of the Variable that a module of any class reads.
+class LoRAWeight(Adapter, Readable):
+    """A weight with an adapter, which stands in for a Variable of a module of any class.
 
-    It reads as `base + (lora_a @ lora_b * scale)`, in the shape of the base; so for experts, each
-    with an adapter of its own. There is no dropout: the module's input is its own affair.
+    It reads as `base + (lora_a @ lora_b * scale)`, in the shape of the base; each expert of a stack
+    has an adapter of its own. Dropout is not supported: the adapter does not see the module's
+    input.
 
     Args:
-      base: a `ForeignWeight`, or the `nnx.Param` itself.
-      fold: how it makes matrices.
-      rank: as for `Adapter`, like the other settings.
-      alpha: the same.
-      **settings: the same.
+      base: a `QuantizedVariable`, or the `nnx.Param` itself.
+      kernel_axes: the axes of the weight.
+      rank: inner width.
+      alpha: numerator of the scale.
+      **settings: the other arguments of `Adapter`.
     """
 
-    def __init__(self, base: Any, fold: Fold, rank: int, alpha: float, **settings: Any):
-        self.fold = fold
+    def __init__(
+        self, base: Any, kernel_axes: KernelAxes, rank: int, alpha: float, **settings: Any
+    ):
+        self.kernel_axes = kernel_axes
         super().__init__(base, rank, alpha, **settings)
 
     def decode(self) -> Array:
-        """The owner's array, changed."""
+        """Return the array of the base plus the update."""
         array = self.base[...]
         return array + self.spread().astype(array.dtype)
 
     def spread(self) -> Array:
-        """float32, in the shape of the base: what is added to it."""
-        return self.fold.unfold(jnp.swapaxes(self.delta(), -1, -2))
+        """Return the update in the shape of the base, float32."""
+        return self.kernel_axes.from_matrices(jnp.swapaxes(self.delta(), -1, -2))
 
     def sizes(self) -> tuple[Lead, int, int]:
-        """The leading axes, in and out."""
+        """Return the leading axes, and the sizes in and out."""
         shape = tuple(self.base.shape)
-        stack = shape[: len(shape) - len(self.fold.shape)]
-        out, inputs = self.fold.matrix
-        return (*stack, *self.fold.lead), inputs, out
+        stack = shape[: len(shape) - len(self.kernel_axes.shape)]
+        out, inputs = self.kernel_axes.matrix
+        return (*stack, *self.kernel_axes.lead), inputs, out

@@ -1,4 +1,4 @@
-"""`AdapterBank`: adapters by name for one model, switched without compiling anything again."""
+"""`AdapterBank`: named adapters of one model, switched without compiling again."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,32 +15,34 @@ Pairs = dict[str, tuple[Array, Array]]
 
 
 class AdapterBank:
-    """Named adapters of one model, all of the model's shapes.
+    """Named adapters of one model, all with the model's shapes.
 
-    The one in the model is active. A switch writes other values into the same Variables, so that
-    functions which `nnx.jit` has compiled for the model run on without compiling again. Each
+    The adapter in the model is active. `set_adapter` writes the values of another one into the same
+    Variables, so functions that `nnx.jit` has compiled for the model do not compile again. Each
     adapter needs an optimizer of its own.
 
     Args:
-      model: with adapters (`add_lora`), which become the first of the bank.
-      name: theirs.
+      model: a model with adapters (`add_lora`), which become the first of the bank.
+      name: the name of these adapters.
 
     Raises:
       ValueError: the model has no adapter.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
       >>> model = q4jax.add_lora(model, rank=8, alpha=16)
       >>> bank = q4jax.AdapterBank(model, "prose")
       >>> bank.add("verse")
-      >>> bank.switch("verse")
+      >>> bank.set_adapter("verse")
       >>> model.lora_b[...] = jnp.ones((8, 32))  # trained
-      >>> bank.switch("prose")
+      >>> bank.set_adapter("prose")
       >>> float(model.lora_b[0, 0]), bank.active, list(bank)
       (0.0, 'prose', ['prose', 'verse'])
     """
+
+    __module__ = "q4jax"
 
     def __init__(self, model: nnx.Module, name: str = "default"):
         self._adapters = _adapters(model)
@@ -56,17 +58,18 @@ class AdapterBank:
     def add(
         self, name: str, source: nnx.Module | None = None, *, rngs: nnx.Rngs | None = None
     ) -> None:
-        """Puts another adapter into the bank, without switching to it.
+        """Add another adapter to the bank, without making it active.
 
         Args:
-          name: a new one.
-          source: a model with adapters at the same places, such as `interop.peft.load_adapters`
-            gives. Lower ranks are filled up with zeros and other scales are put into `lora_b`, so
-            that one program serves all. None: a new adapter, which changes nothing until trained.
-          rngs: random streams of a new adapter; None: `nnx.Rngs(0)`.
+          name: the new adapter's name.
+          source: a model with adapters on the same layers, such as `interop.peft.load_adapters`
+            returns. A lower rank is padded with zeros and another scale is multiplied into
+            `lora_b`, so that one program serves all. None makes a new adapter, which changes
+            nothing until it is trained.
+          rngs: random streams of a new adapter; None takes `nnx.Rngs(0)`.
 
         Raises:
-          ValueError: the name is taken; the adapters are at other places, of a higher rank or of
+          ValueError: the name is taken; the adapters are on other layers, or have a higher rank or
             other sizes.
         """
         if name in self._kept:
@@ -82,23 +85,25 @@ class AdapterBank:
         self._kept[name] = {p: _fit(p, others[p], a) for p, a in self._adapters.items()}
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; ValueError for one that is active or not there."""
+        """Remove an adapter; ValueError if it is active or does not exist."""
         if name == self.active:
             raise ValueError(f"{name!r} is active; switch to another first")
         self._require(name)
         del self._kept[name]
 
-    def switch(self, name: str) -> None:
-        """Puts the adapter of that name into the model, and keeps the one that was there.
+    def set_adapter(self, name: str) -> None:
+        """Write an adapter into the model, and keep the values of the one that was active.
 
         Raises:
-          ValueError: there is none of that name.
+          ValueError: no adapter has this name.
         """
         self._require(name)
         self._kept[self.active] = self._read()
         for path, adapter in self._adapters.items():
             adapter.lora_a[...], adapter.lora_b[...] = self._kept[name][path]
         self.active = name
+
+    switch = set_adapter
 
     def _require(self, name: str) -> None:
         if name not in self._kept:
@@ -109,7 +114,7 @@ class AdapterBank:
 
 
 def _adapters(model: nnx.Module) -> dict[str, Any]:
-    """The adapters of a model themselves, not of a copy, by dotted path."""
+    """Return the adapter modules of a model by dotted path, not those of a copy."""
     found = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -120,18 +125,18 @@ def _adapters(model: nnx.Module) -> dict[str, Any]:
     return found
 
 
-def _fit(path: str, other: Any, mine: Any) -> tuple[Array, Array]:
-    """The values of another adapter for the rank, scale and dtype of mine."""
-    (lead, inputs, outputs), rank = mine.sizes(), mine.rank
-    if other.sizes() != mine.sizes() or other.rank > rank:
+def _fit(path: str, other: Any, own: Any) -> tuple[Array, Array]:
+    """Return the values of another adapter for the rank, scale and dtype of `own`."""
+    (lead, inputs, outputs), rank = own.sizes(), own.rank
+    if other.sizes() != own.sizes() or other.rank > rank:
         raise ValueError(
             f"{path}: an adapter of {other.sizes()} and rank {other.rank} does not fit one of "
-            f"{mine.sizes()} and rank {rank}"
+            f"{own.sizes()} and rank {rank}"
         )
-    a = jnp.zeros((*lead, inputs, rank), mine.lora_a.dtype)
-    b = jnp.zeros((*lead, rank, outputs), mine.lora_b.dtype)
-    scaled = other.lora_b[...].astype(jnp.float32) * (other.scale / mine.scale)
+    a = jnp.zeros((*lead, inputs, rank), own.lora_a.dtype)
+    b = jnp.zeros((*lead, rank, outputs), own.lora_b.dtype)
+    scaled = other.lora_b[...].astype(jnp.float32) * (other.scale / own.scale)
     a = a.at[..., : other.rank].set(other.lora_a[...].astype(a.dtype))
     b = b.at[..., : other.rank, :].set(scaled.astype(b.dtype))
-    where = mine.lora_a[...].sharding
-    return jax.device_put(a, where), jax.device_put(b, mine.lora_b[...].sharding)
+    a = jax.device_put(a, own.lora_a[...].sharding)
+    return a, jax.device_put(b, own.lora_b[...].sharding)

@@ -1,4 +1,4 @@
-"""Where an adapter can be: the layers of a model, 4-bit or dense, and what is put there."""
+"""Where `add_lora` finds its targets: the layers of a model that can have an adapter."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,62 +6,63 @@ from typing import Any
 
 from flax import nnx
 
-from q4jax.lora.adapter import LINEAR_4BIT, LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight
-from q4jax.nnx.converters import foreign_folds, kind_of
-from q4jax.nnx.linear import Embedding4bit
-from q4jax.nnx.quantized_variable import ForeignWeight
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.lora.adapter import LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight
+from q4jax.nnx.converters import converter_for, quantized_variables, registered_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Target:
     """A layer that can have an adapter.
 
     Attributes:
-      adapt: (module, path, settings of the adapter) to what takes its place.
-      four_bit: its weight is.
-      embedding: it is one.
+      adapt: a function from (module, path, settings of the adapter) to the adapted module.
+      is_4bit: whether its weight is 4-bit.
+      is_embedding: whether it is an embedding.
     """
 
     adapt: Callable[[Any, str, dict[str, Any]], nnx.Module]
-    four_bit: bool
-    embedding: bool = False
+    is_4bit: bool
+    is_embedding: bool = False
 
 
-def place_of(module: Any) -> Place | None:
-    """How an adapter gets beside a module; None where it cannot."""
-    if isinstance(module, LINEAR_4BIT):
-        return Place(_linear, True)
-    if isinstance(module, Embedding4bit):
-        return Place(_embedding, True, embedding=True)
-    hosted = {n: v.fold for n, v in vars(module).items() if isinstance(v, ForeignWeight)}
-    if hosted:
-        return Place(_weights(hosted), True)
-    folds = foreign_folds(module)
-    if folds:
-        return Place(_weights(folds), False)
-    kind = kind_of(module)
-    if kind is None or kind.why_not is not None:
+def target_of(module: Any) -> Target | None:
+    """Return how an adapter is added to a module; None where it cannot be."""
+    quantized = quantized_variables(module)
+    if quantized:
+        return Target(_adapt_weights({n: v.kernel_axes for n, v in quantized.items()}), True)
+    axes = registered_axes(module)
+    if axes:
+        return Target(_adapt_weights(axes), False)
+    converter = converter_for(module)
+    if converter is None or converter.to_4bit is None:
         return None
-    return Place(_embedding if kind.embedding else _linear, False, kind.embedding)
+    is_4bit = converter.is_4bit(module)
+    if not is_4bit and converter.unsupported_reason(module) is not None:
+        return None
+    adapt = _adapt_embedding if converter.is_embedding else LoRALinear4bit
+    return Target(_with(adapt), is_4bit, converter.is_embedding)
 
 
-def _linear(module: Any, _: str, settings: dict[str, Any]) -> nnx.Module:
-    return LoRALinear4bit(module, **settings)
+def _with(adapter: Callable[..., nnx.Module]) -> Callable[[Any, str, dict[str, Any]], nnx.Module]:
+    return lambda module, _, settings: adapter(module, **settings)
 
 
-def _embedding(module: Any, _: str, settings: dict[str, Any]) -> nnx.Module:
+def _adapt_embedding(module: Any, **settings: Any) -> nnx.Module:
     return LoRAEmbedding4bit(module, **{**settings, "dropout": 0.0})
 
 
-def _weights(folds: dict[str, Any]) -> Callable[[Any, str, dict[str, Any]], nnx.Module]:
+def _adapt_weights(
+    axes: dict[str, KernelAxes],
+) -> Callable[[Any, str, dict[str, Any]], nnx.Module]:
     def adapt(module: Any, path: str, settings: dict[str, Any]) -> nnx.Module:
         if settings["dropout"]:
             raise NotImplementedError(
                 f"dropout at {path}: a {type(module).__name__} has an adapter of its weight alone, "
                 f"and its input is not seen; give it dropout=0"
             )
-        for name, fold in folds.items():
-            setattr(module, name, LoRAWeight(getattr(module, name), fold, **settings))
+        for name, of_weight in axes.items():
+            setattr(module, name, LoRAWeight(getattr(module, name), of_weight, **settings))
         return module
 
     return adapt

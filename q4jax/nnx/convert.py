@@ -1,31 +1,31 @@
-"""`quantize_model` and `dequantize_model`: a model with its layers exchanged."""
+"""`quantize_model` and `dequantize_model` for NNX models, and `plan_quantization`."""
 
 from typing import Any, TypeVar
 
 from flax import nnx
 
-from q4jax.convert.plan import Decision, Plan, decide, report
+from q4jax.convert.plan import Decision, Plan, make_decision, report
 from q4jax.convert.rules import Config, Rules
-from q4jax.nnx.converters import dequantized, is_quantized, kind_of
-from q4jax.nnx.traverse import replace_modules, walk_modules
+from q4jax.nnx.converters import conversion_of, is_quantized, to_dense
+from q4jax.nnx.traverse import iter_modules, replace_modules
 from q4jax.ops.params import Params4bit
 
 M = TypeVar("M")
 
 
 def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Plan:
-    """What `quantize_model` would do, layer by layer, without doing it.
+    """Return what `quantize_model` would do with each layer, without doing it.
 
     Args:
-      model: as for `quantize_model`.
-      config: the same.
-      **overrides: the same.
+      model: the model, as for `quantize_model`.
+      config: the configuration, as for `quantize_model`.
+      **overrides: fields of the config, as for `quantize_model`.
 
     Raises:
       ValueError: a rule matches no layer, or a layer that cannot be quantized.
       TypeError: an unknown override, or one beside rules.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> from flax import nnx
       >>> print(q4jax.plan_quantization(nnx.Embed(4, 64, rngs=nnx.Rngs(0))))
@@ -33,7 +33,7 @@ def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Pl
     """
     rules = Rules(config, overrides)
     plan = Plan()
-    for path, module in walk_modules(model):
+    for path, module in iter_modules(model):
         decision = _decide(path, module, rules)
         if decision is not None:
             plan.append(decision)
@@ -42,39 +42,40 @@ def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Pl
 
 
 def _decide(path: str, module: nnx.Module, rules: Rules) -> Decision | None:
-    """None for what is no layer with a weight."""
+    """Return None for a module that is not a layer with a weight."""
     layer = type(module).__name__
     if is_quantized(module):
         return Decision(path, layer, False, "quantized already")
-    kind = kind_of(module)
-    return None if kind is None else decide(path, layer, kind, rules)
+    conversion = conversion_of(module)
+    return None if conversion is None else make_decision(path, layer, conversion, rules)
 
 
 def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
-    r"""A model whose layers are 4-bit; it shares the arrays of all the rest.
+    r"""Return a model with 4-bit layers, which shares all other arrays with the original.
 
     `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` become `Linear4bit`, `LinearGeneral4bit` and
-    `Einsum4bit`, also inside of `nnx.MultiHeadAttention`; where a rule asks for it, `nnx.Embed`
-    becomes `Embedding4bit`. Layers of classes that `register_layer` was told of stay what they are,
-    with 4-bit weights in them.
+    `Einsum4bit`, in `nnx.MultiHeadAttention` too. Where a rule asks for it, `nnx.Embed` becomes
+    `Embedding4bit`. Classes registered by `register_layer` keep their type; only their weights
+    become 4-bit.
 
     Args:
-      model: an nnx module, or a bare layer; it is left as it was. Kernels with leading axes
+      model: an nnx module, or a single layer; it is not changed. Kernels with leading axes
         (`nnx.vmap`) become stacked weights.
-      config: None: `QuantConfig()`: nf4, blocksize 64, double quantization, all but `lm_head`. Or a
-        list of `QuantRule`s, of which the first that matches the path of a layer decides.
+      config: a `QuantConfig`; a list of `QuantRule`s, of which the first that matches a layer's
+        path decides; or None for `QuantConfig()`: nf4, blocksize 64, double quantization, all
+        layers but `lm_head`.
       **overrides: fields of the config, such as `quant_type="fp4"`.
 
     Returns:
-      The new model. What was kept, and why, is logged to the logger "q4jax" (INFO) and is what
-      `plan_quantization` returns; a layer that could not be served is a UserWarning.
+      The new model. Layers that were kept are logged with the reasons to the logger "q4jax" (INFO);
+      `plan_quantization` returns them. A layer that q4jax cannot quantize is a UserWarning.
 
     Raises:
-      ValueError: nothing matched; a rule matches no layer, or one that cannot be quantized; a layer
-        is quantized already; a kernel holds NaN or inf (it is named).
-      TypeError: not an nnx module; an unknown override, or one beside rules.
+      ValueError: no layer matches; a rule matches no layer, or one that cannot be quantized; a
+        layer is quantized already; a kernel holds NaN or inf (the error names it).
+      TypeError: `model` is not an nnx module; an override is unknown, or given beside rules.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.relu)
@@ -84,7 +85,7 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
-    already = [path for path, module in walk_modules(model) if is_quantized(module)]
+    already = [path for path, module in iter_modules(model) if is_quantized(module)]
     if already:
         raise ValueError(f"model is quantized already: {', '.join(already) or '(root)'}")
     plan = plan_quantization(model, config, **overrides)
@@ -92,14 +93,14 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
     made: dict[Any, Any] = {}
 
     def replace(path: str, module: nnx.Module) -> nnx.Module:
-        rule, kind = rules.get(path), kind_of(module)
-        if rule is None or kind is None or kind.quantize is None:
+        rule, conversion = rules.get(path), conversion_of(module)
+        if rule is None or conversion is None or conversion.quantize is None:
             return module
         dense = vars(module).get("kernel", vars(module).get("embedding"))
-        layer: Any = kind.quantize(module, path, rule.settings)
+        layer: Any = conversion.quantize(module, path, rule.settings)
         if isinstance(getattr(layer, "weight", None), Params4bit):
-            # Modules that share a kernel share what becomes of it.
-            key = id(dense), type(layer), getattr(layer, "fold", None), rule
+            # Modules that share a kernel share its 4-bit weight.
+            key = id(dense), type(layer), getattr(layer, "kernel_axes", None), rule
             layer.weight = made.setdefault(key, layer.weight)
         return layer
 
@@ -108,15 +109,15 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
 
 
 def dequantize_model(model: M) -> M:
-    """The inverse of `quantize_model`: dense layers in the dtype of the originals.
+    """Return a model with dense layers in the dtype of the originals: invert `quantize_model`.
 
     Args:
-      model: an nnx module; it is left as it was.
+      model: an nnx module; it is not changed.
 
     Raises:
       ValueError: nothing in it is quantized.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
@@ -127,7 +128,7 @@ def dequantize_model(model: M) -> M:
 
     def replace(_: str, module: nnx.Module) -> nnx.Module:
         nonlocal count
-        dense = dequantized(module)
+        dense = to_dense(module)
         count += dense is not None
         return module if dense is None else dense
 

@@ -1,4 +1,4 @@
-"""The 4-bit layers for Flax NNX."""
+"""`Linear4bit` and its variants for Flax NNX."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,82 +11,50 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from q4jax.core.codebooks import QuantType
-from q4jax.core.spec import QuantSpec, float_dtype
-from q4jax.nnx.variables import PLACING, apart, freeze, thaw, transposed
-from q4jax.ops.embedding import take_rows
+from q4jax.nnx.base import Quantized, other_class
+from q4jax.nnx.variables import (
+    SHARDING_METADATA,
+    from_variables,
+    split_metadata,
+    to_variables,
+    transpose_metadata,
+)
 from q4jax.ops.matmul import matmul_4bit
-from q4jax.ops.params import Params4bit, as_params4bit, quantize_stacked
+from q4jax.ops.params import Params4bit, as_params4bit
 
 _kernel_init = nnx.initializers.lecun_normal()
-_embedding_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
-class _Quantized(nnx.Module):
-    """A module around one frozen 4-bit weight."""
+class Linear4bit(Quantized):
+    """A linear layer with a frozen 4-bit weight: `x @ W.T + bias`.
 
-    weight: Params4bit
-    param_dtype: DTypeLike
-    quant_type: str
-    blocksize: int
-    compress_statistics: bool
-
-    def _spec(self, shape: tuple[int, int]) -> QuantSpec:
-        """The module's own description of its weight; ValueError for a setting not allowed."""
-        dtype = float_dtype(self.param_dtype, "param_dtype")
-        return QuantSpec.from_shape(
-            shape, dtype, self.quant_type, self.blocksize, self.compress_statistics
-        )
-
-    def _store(self, w: Array, name: str, metadata: Mapping[str, Any]) -> None:
-        """Quantize `w`, `[*lead, out, in]`, with the module's settings and keep it."""
-        weight = quantize_stacked(
-            w,
-            name,
-            quant_type=self.quant_type,
-            blocksize=self.blocksize,
-            compress_statistics=self.compress_statistics,
-        )
-        self.weight = freeze(weight, metadata)
-
-    def _load(self, shape: tuple[int, int]) -> Params4bit:
-        """The weight with its arrays, as the module's own description has it."""
-        weight = thaw(self.weight)
-        mine, found = self._spec(shape), weight.quant_state.spec
-        if mine != found:
-            raise ValueError(f"{type(self).__name__} is {mine.tag()}, its weight is {found.tag()}")
-        return weight
-
-
-class Linear4bit(_Quantized):
-    """A linear layer on a frozen 4-bit weight: `x @ W.T + bias`.
-
-    Differentiable in its input and its bias. The weight is a `Params4bit` of `Frozen4bit`
-    Variables; only the bias is an `nnx.Param`, so take the whole of `nnx.state(model)` to a
-    checkpoint and not `nnx.state(model, nnx.Param)`.
+    It is differentiable in its input and its bias. The weight is a `Params4bit` of `Frozen4bit`
+    Variables; only the bias is an `nnx.Param`, so save all of `nnx.state(model)` in a checkpoint
+    and not `nnx.state(model, nnx.Param)`.
 
     Args:
       in_features: width of the input.
       out_features: width of the output.
       use_bias: whether to add a bias.
-      dtype: compute dtype, and that of the result; None: the input's.
+      dtype: dtype of the computation and of the result; None takes the input's.
       param_dtype: dtype of the weight before quantization, and of the bias.
       quant_type: "nf4" or "fp4".
       blocksize: elements that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
-      compress_statistics: double quantization of the scales.
+      compress_statistics: whether to quantize the scales too.
       kernel_init: initializer, called as `nnx.Linear` calls it, for an `[in, out]` kernel.
       bias_init: initializer of the bias, `[out]`.
-      kernel_metadata: of the Variables of the weight: `{"out_sharding": (in, out)}` names the mesh
-        axes or logical axes of the kernel; codes and scales have them alike. What
-        `nnx.with_partitioning` adds to `kernel_init` counts too.
-      bias_metadata: of the bias.
-      implementation: see `matmul_4bit`.
+      kernel_metadata: metadata of the weight's Variables. `{"out_sharding": (in, out)}` names the
+        mesh axes or logical axes of the kernel, and applies to codes and scales. Metadata that
+        `nnx.with_partitioning` adds to `kernel_init` applies too.
+      bias_metadata: metadata of the bias.
+      implementation: how the layer is computed; see `matmul_4bit`.
       rngs: random streams.
 
     Raises:
-      ValueError: quant_type, blocksize or param_dtype is not allowed; when called, an input that
-        does not fit, or a weight that is not the one the layer was made for.
+      ValueError: quant_type, blocksize or param_dtype is not allowed; when called, the input does
+        not fit, or the weight is not the one that the layer was made for.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> from flax import nnx
       >>> layer = q4jax.Linear4bit(256, 128, quant_type="nf4", rngs=nnx.Rngs(0))
@@ -95,6 +63,8 @@ class Linear4bit(_Quantized):
       >>> layer.weight.quant_state.spec.tag()
       'nf4_b64_n256_float32_128x256'
     """
+
+    __module__ = "q4jax"
 
     def __init__(
         self,
@@ -125,16 +95,16 @@ class Linear4bit(_Quantized):
         self.implementation = implementation
         self._spec((out_features, in_features))
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        kernel, metadata = apart(kernel, kernel_metadata)
+        kernel, metadata = split_metadata(kernel, kernel_metadata)
         if isinstance(kernel, Params4bit):
-            self.weight = freeze(kernel)
+            self.weight = to_variables(kernel)
         else:
-            self._store(jnp.swapaxes(kernel, -1, -2), "kernel", transposed(metadata))
+            self._store(jnp.swapaxes(kernel, -1, -2), "kernel", transpose_metadata(metadata))
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias, **bias_metadata)
 
     def __call__(self, x: Array) -> Array:
-        """`[..., in_features]` to `[..., out_features]` in the compute dtype."""
+        """Map `[..., in_features]` to `[..., out_features]`, in the compute dtype."""
         weight = self._load((self.out_features, self.in_features))
         x = x if self.dtype is None else x.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
@@ -142,16 +112,16 @@ class Linear4bit(_Quantized):
 
     @classmethod
     def from_weight(cls, weight: Params4bit, *, dtype: DTypeLike | None = None) -> Self:
-        """A layer without bias on a weight that is quantized already.
+        """Make a layer without bias from a weight that is quantized already.
 
         Args:
           weight: a matrix `[out, in]`, or a stack of them.
-          dtype: compute dtype, and that of the result; None: the input's.
+          dtype: dtype of the computation and of the result; None takes the input's.
 
         Raises:
-          ValueError: the weight is no matrix, or its arrays do not fit its description.
+          ValueError: the weight is not a matrix, or its arrays do not fit its description.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> weight = q4jax.Params4bit.quantize(jnp.ones((32, 64)), quant_type="nf4")
           >>> q4jax.Linear4bit.from_weight(weight)(jnp.ones((1, 64))).shape
@@ -170,26 +140,26 @@ class Linear4bit(_Quantized):
 
     @classmethod
     def from_linear(cls, linear: nnx.Linear, *, name: str = "kernel", **settings: Any) -> Self:
-        """The 4-bit twin of an `nnx.Linear`, which is left as it was; the bias Variable is shared.
+        """Make a 4-bit layer from an `nnx.Linear`, which is not changed; they share the bias.
 
         Args:
-          linear: its kernel may have leading axes, as `nnx.vmap` makes them.
-          name: what errors call the kernel.
-          **settings: dtype (None: that of `linear`), quant_type, blocksize, compress_statistics and
+          linear: a layer whose kernel may have leading axes, as `nnx.vmap` makes them.
+          name: the name of the kernel in errors.
+          **settings: dtype (None takes `linear`'s), quant_type, blocksize, compress_statistics and
             implementation, as for the class.
 
         Raises:
-          TypeError: not an `nnx.Linear`, or one whose arithmetic was replaced.
-          ValueError: as for the class; the kernel holds NaN or inf.
+          TypeError: `linear` is not an `nnx.Linear`, or its arithmetic was replaced.
+          ValueError: for the reasons of the class; the kernel holds NaN or inf.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> from flax import nnx
           >>> linear = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
           >>> q4jax.LinearNF4.from_linear(linear)(jnp.ones((1, 64))).shape
           (1, 32)
         """
-        reason = why_not(linear)
+        reason = unsupported_reason(linear)
         if reason:
             raise TypeError(f"{name}: cannot quantize a {type(linear).__name__}: {reason}")
         kernel = linear.kernel[...]
@@ -199,7 +169,9 @@ class Linear4bit(_Quantized):
             "use_bias": False,
             "param_dtype": kernel.dtype,
             "kernel_init": lambda *_: kernel,
-            "kernel_metadata": {name: metadata[name] for name in PLACING if name in metadata},
+            "kernel_metadata": {
+                name: metadata[name] for name in SHARDING_METADATA if name in metadata
+            },
             "rngs": nnx.Rngs(0),
         }
         try:
@@ -211,14 +183,26 @@ class Linear4bit(_Quantized):
         return layer
 
 
-def other_class(expected: type, layer: Any) -> str:
-    """Why a layer of a class of its own cannot become 4-bit, though `expected` can."""
-    kind = type(layer)
-    return f"it is not an nnx.{expected.__name__} but {kind.__module__}.{kind.__qualname__}"
+class LinearNF4(Linear4bit):
+    """`Linear4bit` with quant_type "nf4"."""
+
+    __module__ = "q4jax"
+
+    def __init__(self, in_features: int, out_features: int, **settings: Any):
+        super().__init__(in_features, out_features, quant_type="nf4", **settings)
 
 
-def why_not(linear: Any) -> str | None:
-    """Why a module cannot become a `Linear4bit`, or None where it can."""
+class LinearFP4(Linear4bit):
+    """`Linear4bit` with quant_type "fp4"."""
+
+    __module__ = "q4jax"
+
+    def __init__(self, in_features: int, out_features: int, **settings: Any):
+        super().__init__(in_features, out_features, quant_type="fp4", **settings)
+
+
+def unsupported_reason(linear: Any) -> str | None:
+    """The reason why a module cannot become a `Linear4bit`, or None."""
     if isinstance(linear, Linear4bit):
         return "it is quantized already"
     if type(linear) is not nnx.Linear:
@@ -228,93 +212,18 @@ def why_not(linear: Any) -> str | None:
     return None
 
 
-class LinearNF4(Linear4bit):
-    """`Linear4bit` with quant_type "nf4"."""
-
-    def __init__(self, in_features: int, out_features: int, **settings: Any):
-        super().__init__(in_features, out_features, quant_type="nf4", **settings)
-
-
-class LinearFP4(Linear4bit):
-    """`Linear4bit` with quant_type "fp4"."""
-
-    def __init__(self, in_features: int, out_features: int, **settings: Any):
-        super().__init__(in_features, out_features, quant_type="fp4", **settings)
-
-
-class Embedding4bit(_Quantized):
-    """An embedding on a frozen 4-bit table; only the rows asked for are decoded.
-
-    Args:
-      num_embeddings: rows of the table.
-      features: width of a row.
-      dtype: dtype of the result and compute dtype of `attend`; None: `param_dtype` and the
-        query's.
-      param_dtype: dtype of the table before quantization.
-      quant_type, blocksize, compress_statistics, implementation, rngs: as for `Linear4bit`.
-      embedding_init: initializer, called as `nnx.Embed` calls it, for `[num_embeddings, features]`.
-      embedding_metadata: as `kernel_metadata` of `Linear4bit`, for the axes of the table.
-
-    Raises:
-      ValueError: as `Linear4bit`; when called, indices that are not integers.
-
-    Example:
-      >>> import jax.numpy as jnp, q4jax
-      >>> from flax import nnx
-      >>> embed = q4jax.EmbeddingNF4(1000, 64, rngs=nnx.Rngs(0))
-      >>> hidden = embed(jnp.array([[1, 2, 3]]))
-      >>> hidden.shape, embed.attend(hidden).shape
-      ((1, 3, 64), (1, 3, 1000))
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        features: int,
-        *,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        quant_type: QuantType = "fp4",
-        blocksize: int = 64,
-        compress_statistics: bool = True,
-        embedding_init: nnx.Initializer = _embedding_init,
-        embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
-        implementation: str | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.num_embeddings = num_embeddings
-        self.features = features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.quant_type = quant_type
-        self.blocksize = blocksize
-        self.compress_statistics = compress_statistics
-        self.implementation = implementation
-        self._spec((num_embeddings, features))
-        table = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
-        table, metadata = apart(table, embedding_metadata)
-        self._store(table, "embedding", metadata)
-
-    def __call__(self, inputs: Array) -> Array:
-        """Integers `[...]` to `[..., features]`; NaN where an index is out of range."""
-        return take_rows(self._load((self.num_embeddings, self.features)), inputs, self.dtype)
-
-    def attend(self, query: Array) -> Array:
-        """`query @ table.T`: `[..., features]` to `[..., num_embeddings]`, for a tied output."""
-        weight = self._load((self.num_embeddings, self.features))
-        query = query if self.dtype is None else query.astype(self.dtype)
-        return matmul_4bit(query, weight, implementation=self.implementation)
-
-
-class EmbeddingNF4(Embedding4bit):
-    """`Embedding4bit` with quant_type "nf4"."""
-
-    def __init__(self, num_embeddings: int, features: int, **settings: Any):
-        super().__init__(num_embeddings, features, quant_type="nf4", **settings)
-
-
-class EmbeddingFP4(Embedding4bit):
-    """`Embedding4bit` with quant_type "fp4"."""
-
-    def __init__(self, num_embeddings: int, features: int, **settings: Any):
-        super().__init__(num_embeddings, features, quant_type="fp4", **settings)
+def to_linear(layer: Linear4bit) -> nnx.Linear:
+    """Make an `nnx.Linear` with the dequantized kernel `[*lead, in, out]`; they share the bias."""
+    kernel = jnp.swapaxes(from_variables(layer.weight).dequantize(), -1, -2)
+    linear = nnx.Linear(
+        layer.in_features,
+        layer.out_features,
+        use_bias=False,
+        dtype=layer.dtype,
+        param_dtype=kernel.dtype,
+        kernel_init=lambda *_: kernel,
+        rngs=nnx.Rngs(0),
+    )
+    linear.use_bias = layer.use_bias
+    linear.bias = layer.bias
+    return linear

@@ -1,4 +1,4 @@
-"""4-bit weights in NNX modules of other people's classes."""
+"""`QuantizedVariable`: a 4-bit weight that stands in for an `nnx.Variable` of any module."""
 
 from typing import Any
 
@@ -6,44 +6,72 @@ import jax
 from flax import nnx
 from jax import Array
 
-from q4jax.convert.kernel_axes import Fold
-from q4jax.convert.registry import Hosted4bit
-from q4jax.nnx.readable import Read
-from q4jax.nnx.variables import freeze, thaw
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.convert.quantized_param import QuantizedParam
+from q4jax.nnx.variables import from_variables, to_variables
+
+
+class Readable:
+    """An object that stands in for an `nnx.Variable` and computes its array when it is read.
+
+    `w[...]`, `w.value`, `w.get_value()`, `jnp.einsum(..., w)` and `x @ w` use the array, and the
+    array's attributes (`w.T`, `w.astype`) are the object's.
+    """
+
+    def decode(self) -> Array:
+        """Compute the array."""
+        raise NotImplementedError
+
+    @property
+    def value(self) -> Array:
+        """The array."""
+        return self.decode()
+
+    def get_value(self) -> Array:
+        """The array."""
+        return self.decode()
+
+    def __getitem__(self, index: Any) -> Array:
+        array = self.decode()
+        return array if index is ... else array[index]
+
+    def __jax_array__(self) -> Array:
+        return self.decode()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.decode(), name)
 
 
 @nnx.register_data_type
 @jax.tree_util.register_pytree_with_keys_class
-class ForeignWeight(Hosted4bit, Read):
-    """A 4-bit weight in the place of an `nnx.Variable`: reading it decodes it."""
+class QuantizedVariable(QuantizedParam, Readable):
+    """A 4-bit weight that stands in for an `nnx.Variable` and is dequantized when it is read."""
 
     def decode(self) -> Array:
-        """The owner's array."""
-        return self.fold.unfold(thaw(self.weight).dequantize(dtype=self.dtype))
+        """Return the Variable's array."""
+        weight = from_variables(self.weight)
+        return self.kernel_axes.from_matrices(weight.dequantize(dtype=self.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the owner's array, without decoding it."""
-        lead = thaw(self.weight).quant_state.lead
-        return (*lead[: len(lead) - len(self.fold.lead)], *self.fold.shape)
+        """The shape of the Variable's array, without decoding it."""
+        lead = from_variables(self.weight).quant_state.lead
+        return (*lead[: len(lead) - len(self.kernel_axes.lead)], *self.kernel_axes.shape)
 
 
-def host(module: Any, name: str, where: str, fold: Fold, **settings: Any) -> None:
-    """Puts a 4-bit weight in the place of a Variable of a module."""
-    setattr(module, name, foreign_weight(getattr(module, name), where, fold, **settings))
-
-
-def foreign_weight(
-    variable: nnx.Variable[Array], where: str, fold: Fold, **settings: Any
-) -> ForeignWeight:
-    """A 4-bit weight to put in the place of a Variable, by its fold."""
+def quantize_variable(
+    variable: nnx.Variable[Array], name: str, axes: KernelAxes, **settings: Any
+) -> QuantizedVariable:
+    """Quantize a Variable by its kernel axes; `name` is its name in errors."""
     kind = type(variable), tuple(filter(_hashable, variable.get_metadata().items()))
-    hosted = Hosted4bit.quantize(variable[...], fold, where, kind=kind, **settings)
-    return ForeignWeight(freeze(hosted.weight), fold, hosted.dtype, kind)
+    param = QuantizedParam.quantize(variable[...], axes, name, variable=kind, **settings)
+    return QuantizedVariable(to_variables(param.weight), axes, param.dtype, kind)
 
 
 def _hashable(entry: tuple[str, Any]) -> bool:
-    """Whether metadata can be part of a treedef."""
+    """Return whether metadata can be part of a treedef."""
     try:
         hash(entry)
     except TypeError:
@@ -51,9 +79,11 @@ def _hashable(entry: tuple[str, Any]) -> bool:
     return True
 
 
-def restore(weight: ForeignWeight) -> nnx.Variable[Array]:
-    """The Variable that was there, with the decoded weight."""
-    kind, metadata = weight.kind
-    array = weight.fold.unfold(thaw(weight.weight).dequantize())
-    variable: nnx.Variable[Array] = kind(array, **dict(metadata))
+def to_variable(quantized: QuantizedVariable) -> nnx.Variable[Array]:
+    """Make the Variable again, with the dequantized weight."""
+    cls, metadata = quantized.variable
+    matrices = from_variables(quantized.weight).dequantize()
+    variable: nnx.Variable[Array] = cls(
+        quantized.kernel_axes.from_matrices(matrices), **dict(metadata)
+    )
     return variable

@@ -1,4 +1,4 @@
-"""The modules of an NNX model: visited, or exchanged in a copy that shares the arrays."""
+"""Iterate over the modules of an NNX model, or replace them in a copy that shares the arrays."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -10,12 +10,13 @@ Replace = Callable[[str, Any], Any]
 
 
 def replace_modules(model: M, replace: Replace) -> M:
-    """A copy of a model that shares its arrays, with modules exchanged.
+    """Copy a model, sharing its arrays, with modules replaced.
 
     Args:
-      model: an nnx module; modules in `nnx.List`, `nnx.Dict`, `nnx.data` containers, lists,
-        tuples and dicts are reached, and one that is reached twice is exchanged once.
-      replace: (dotted path, module) to another module, or to the same to look inside it.
+      model: an nnx module. Modules in `nnx.List`, `nnx.Dict`, `nnx.data` containers, lists, tuples
+        and dicts are reached; one that is reached twice is replaced once.
+      replace: a function from (dotted path, module) to another module, or to the same one, whose
+        children are visited then.
     """
     done: dict[int, tuple[Any, Any]] = {}
 
@@ -61,8 +62,8 @@ def _holds_modules(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(map(_holds_modules, value))
 
 
-def walk_modules(model: Any) -> Iterable[tuple[str, nnx.Module]]:
-    """(dotted path, module) of every module that `replace_modules` would offer."""
+def iter_modules(model: Any) -> Iterable[tuple[str, nnx.Module]]:
+    """Return (dotted path, module) for every module that `replace_modules` visits."""
     found: list[tuple[str, nnx.Module]] = []
 
     def note(path: str, module: nnx.Module) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""How an NNX module holds a `Params4bit`: as a pytree of frozen Variables that know their tag."""
+"""`Frozen4bit`, the Variables in which an NNX module holds a `Params4bit`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,27 +15,27 @@ nnx.register_data_type(QuantState)
 
 
 class Frozen4bit(nnx.Variable[jax.Array]):
-    """One array of a 4-bit weight: codes or scales.
+    """One array of a 4-bit weight: its codes or scales.
 
-    Not an `nnx.Param`, so that no optimizer, gradient or weight decay over `nnx.Param` meets it.
-    Its metadata `tag` says which weight it belongs to: `nnx.merge` fills leaves by their order,
-    and `thaw` compares.
+    It is not an `nnx.Param`, so no optimizer, gradient or weight decay over `nnx.Param` changes it.
+    Its metadata `tag` names its weight: `nnx.merge` fills leaves by their order, and
+    `from_variables` compares the tags.
     """
 
 
-PLACING = ("out_sharding", "sharding_rules", "mesh")
-"""The metadata of a Variable that say where it lies."""
+SHARDING_METADATA = ("out_sharding", "sharding_rules", "mesh")
+"""The metadata of a Variable that say how it is sharded."""
 
 
-def apart(value: Any, metadata: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What an initializer returned: its array, and `metadata` with what it added to it."""
+def split_metadata(value: Any, metadata: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split an initializer's result into its array and its metadata, joined with `metadata`."""
     if isinstance(value, nnx.VariableMetadata):
         return value.raw_value, {**value.metadata, **metadata}
     return value, dict(metadata)
 
 
-def transposed(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a kernel `[*lead, in, out]`, for `[*lead, out, in]`."""
+def transpose_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the metadata of a kernel `[*lead, in, out]` into that of `[*lead, out, in]`."""
     names = metadata.get("out_sharding")
     if not names:
         return dict(metadata)
@@ -43,13 +43,15 @@ def transposed(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, "out_sharding": (*lead, columns, rows)}
 
 
-def freeze(weight: Params4bit, metadata: Mapping[str, Any] = MappingProxyType({})) -> Params4bit:
-    """The weight with a `Frozen4bit` in the place of each array.
+def to_variables(
+    weight: Params4bit, metadata: Mapping[str, Any] = MappingProxyType({})
+) -> Params4bit:
+    """Wrap each array of a weight in a `Frozen4bit`.
 
     Args:
-      weight: its arrays may be traced or abstract.
-      metadata: of the Variable that held the weight before it was quantized, its `out_sharding`
-        (partition names) in the order of the axes of `weight`; codes and scales have it alike.
+      weight: a weight whose arrays may be traced or abstract.
+      metadata: metadata of the Variable that held the dense weight. Its `out_sharding` (partition
+        names) follows the axes of `weight` and applies to codes and scales.
 
     Raises:
       ValueError: partition names that do not fit; see `Params4bit.partition_names`.
@@ -59,35 +61,37 @@ def freeze(weight: Params4bit, metadata: Mapping[str, Any] = MappingProxyType({}
     if not names:
         return jax.tree.map(lambda array: Frozen4bit(array, tag=tag, **metadata), weight)
     leaves, tree = jax.tree.flatten(weight)
-    places = jax.tree.leaves(
+    shardings = jax.tree.leaves(
         weight.partition_names(names), is_leaf=lambda node: isinstance(node, tuple)
     )
     variables = [
         # A scalar has no axis to name, and Flax takes () for one to add an axis to.
-        Frozen4bit(array, tag=tag, **{**metadata, "out_sharding": place or None})
-        for array, place in zip(leaves, places, strict=True)
+        Frozen4bit(array, tag=tag, **{**metadata, "out_sharding": sharding or None})
+        for array, sharding in zip(leaves, shardings, strict=True)
     ]
     return cast("Params4bit", jax.tree.unflatten(tree, variables))
 
 
 def is_variable(node: Any) -> bool:
-    """Whether a node of a pytree is a Variable of any kind."""
+    """Return whether a node of a pytree is an `nnx.Variable`."""
     return isinstance(node, nnx.Variable)
 
 
-def thaw(weight: Params4bit) -> Params4bit:
-    """The weight with its arrays, out of a module.
+def from_variables(weight: Params4bit) -> Params4bit:
+    """Unwrap the arrays of a module's weight: the inverse of `to_variables`.
 
     Raises:
-      TypeError: a leaf is no `Frozen4bit`: it would be trained, or was replaced.
-      ValueError: a leaf belongs to a weight of another description.
+      TypeError: a leaf is not a `Frozen4bit`, so that it would be trained or was replaced.
+      ValueError: a leaf belongs to a weight with another description.
     """
     expected = weight.quant_state.spec.tag()
 
     def array(variable: Any) -> Any:
         if not isinstance(variable, Frozen4bit):
-            kind = type(variable).__name__
-            raise TypeError(f"a leaf of a 4-bit weight {expected} must be a Frozen4bit, got {kind}")
+            found = type(variable).__name__
+            raise TypeError(
+                f"a leaf of a 4-bit weight {expected} must be a Frozen4bit, got {found}"
+            )
         found = variable.get_metadata("tag", None)
         if found != expected:
             raise ValueError(f"the module expects a weight {expected}, its state holds {found}")

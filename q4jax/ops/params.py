@@ -40,6 +40,8 @@ class Params4bit:
       (2, 128)
     """
 
+    __module__ = "q4jax"
+
     __slots__ = ("packed", "quant_state")
     packed: Array
     quant_state: QuantState

@@ -96,8 +96,8 @@ class TrainableReport:
         )
 
 
-def trainable_parameters(model: Any) -> TrainableReport:
-    """What of an nnx model is trained, as PEFT's `print_trainable_parameters` counts it.
+def trainable_report(model: Any) -> TrainableReport:
+    """What of an nnx model is trained, as PEFT's `print_trainable_report` counts it.
 
     Args:
       model: an nnx module, concrete or abstract.
@@ -110,7 +110,7 @@ def trainable_parameters(model: Any) -> TrainableReport:
       >>> import q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0)))
-      >>> print(q4jax.trainable_parameters(q4jax.add_lora(model, rank=8, alpha=16)))
+      >>> print(q4jax.trainable_report(q4jax.add_lora(model, rank=8, alpha=16)))
       trainable params: 4,096 || all params: 69,632 || trainable%: 5.8824
     """
     if not isinstance(model, nnx.Module):

@@ -5,7 +5,7 @@ from flax import nnx
 
 import q4jax
 from q4jax import QuantRule
-from q4jax.nnx.traverse import walk_modules
+from q4jax.nnx.traverse import iter_modules
 
 
 def model():
@@ -32,7 +32,7 @@ def test_the_first_rule_that_matches_decides():
     small = q4jax.quantize_model(model(), rules)
     tags = {
         path: module.weight.quant_state.spec.tag()
-        for path, module in walk_modules(small)
+        for path, module in iter_modules(small)
         if hasattr(module, "weight")
     }
     assert tags == {

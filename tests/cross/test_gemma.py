@@ -17,7 +17,7 @@ def model():
     q4jax.register_layer(_layers.Einsum, lambda module, eqn, x: {module.weight_name: eqn})
     q4jax.register_layer(
         _modules.Embedder,
-        lambda m: {"input_embedding": q4jax.Fold((m.vocab_size, m.embed_dim), inputs=(1,))},
+        lambda m: {"input_embedding": q4jax.KernelAxes((m.vocab_size, m.embed_dim), inputs=(1,))},
     )
     kinds = (_modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL)
     config = _config.TransformerConfig(

@@ -90,7 +90,7 @@ class Model(nn.Module):
 
 q4jax.register_layer(Einsum, lambda module, equation, x: {module.weight_name: equation})
 q4jax.register_layer(
-    Embedder, lambda module: {"table": q4jax.Fold((module.rows, module.width), inputs=(1,))}
+    Embedder, lambda module: {"table": q4jax.KernelAxes((module.rows, module.width), in_axes=(1,))}
 )
 IDS = jnp.array([[1, 2, 31], [4, 5, 6]])
 BLOCK = ["blocks/attention/" + name for name in ("key", "out", "query", "value")]

@@ -11,8 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import q4jax
-from q4jax.lora.inject import LoRALinear4bit
-from q4jax.nnx.variables import freeze
+from q4jax.lora import LoRALinear4bit
+from q4jax.nnx.variables import to_variables
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -139,7 +139,7 @@ def test_golden_peft(quant_type):
         128, 96, use_bias=False, quant_type=quant_type, compress_statistics=nested, rngs=nnx.Rngs(0)
     )
     settings = {"quant_type": quant_type, "compress_statistics": nested}
-    base.weight = freeze(q4jax.Params4bit.quantize(jnp.asarray(d["w_orig"]), **settings))
+    base.weight = to_variables(q4jax.Params4bit.quantize(jnp.asarray(d["w_orig"]), **settings))
     layer = LoRALinear4bit(base, 4, 12, rngs=nnx.Rngs(0))
     layer.lora_a[...] = jnp.asarray(d["lora_A"].T)
     layer.lora_b[...] = jnp.asarray(d["lora_B"].T)

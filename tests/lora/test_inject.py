@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import q4jax
-from q4jax.lora.inject import LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight
+from q4jax.lora import LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight
 
 KEY = jax.random.key(11)
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -43,7 +43,7 @@ class Heads(nnx.Module):
         return jnp.einsum("bd,edf->ebf", x, self.w[...]).mean(0)
 
 
-EXPERTS = q4jax.Fold((3, 64, 32), inputs=(1,), batch=(0,))
+EXPERTS = q4jax.KernelAxes((3, 64, 32), in_axes=(1,), batch_axes=(0,))
 q4jax.register_layer(Heads, lambda module: {"w": EXPERTS})
 
 
@@ -249,7 +249,7 @@ def test_dropout_on_folded_layers_is_on_in_training_only():
 
 def test_the_report_of_what_is_trained(small):
     model = q4jax.add_lora(small, 4, 8, targets=("up", "heads"))
-    report = q4jax.trainable_parameters(model)
+    report = q4jax.trainable_report(model)
     assert report.layers == {"heads.w": 3 * 4 * (64 + 32), "up": 4 * (32 + 64)}
     assert report.trainable == sum(report.layers.values())
     everything = sum(
@@ -260,10 +260,9 @@ def test_the_report_of_what_is_trained(small):
     expected = f"trainable params: 1,536 || all params: {report.total:,} || trainable%: {share}"
     assert str(report) == expected
     assert (
-        q4jax.trainable_parameters(small).trainable
-        == everything - 4 * 4096 - 8192 - 6144 - 2048 - 1024
+        q4jax.trainable_report(small).trainable == everything - 4 * 4096 - 8192 - 6144 - 2048 - 1024
     )
     with pytest.raises(TypeError, match="must be an nnx.Module, got int"):
-        q4jax.trainable_parameters(3)
+        q4jax.trainable_report(3)
     with pytest.raises(ValueError, match="the model has no weight"):
-        q4jax.trainable_parameters(nnx.Dropout(0.5))
+        q4jax.trainable_report(nnx.Dropout(0.5))

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 import q4jax
-from q4jax.convert.kernel_axes import Equation
-from q4jax.nnx.quantized_variable import ForeignWeight
+from q4jax.convert.einsum import BinaryEinsum
+from q4jax.nnx.quantized_variable import QuantizedVariable
 
 KEY = jax.random.key(7)
 
@@ -194,7 +194,10 @@ class Model(nnx.Module):
 q4jax.register_layer(Einsum, lambda module: {"w": module.text})
 q4jax.register_layer(
     Experts,
-    lambda module: {"up": "bd,edf->ebf", "down": q4jax.Fold((3, 32, 64), inputs=(1,), batch=(0,))},
+    lambda module: {
+        "up": "bd,edf->ebf",
+        "down": q4jax.KernelAxes((3, 32, 64), in_axes=(1,), batch_axes=(0,)),
+    },
 )
 
 
@@ -210,7 +213,7 @@ def small(model):
 
 def test_the_forward_is_the_owner_s_own_to_the_bit(model, small):
     dense = q4jax.dequantize_model(small)
-    assert type(small.q_einsum) is Einsum and isinstance(small.q_einsum.w, ForeignWeight)
+    assert type(small.q_einsum) is Einsum and isinstance(small.q_einsum.w, QuantizedVariable)
     assert small.again is small.q_einsum
     assert type(dense.q_einsum.w) is nnx.Param
     assert dense.q_einsum.w.get_metadata() == model.q_einsum.w.get_metadata()
@@ -273,7 +276,7 @@ def test_an_unknown_class_is_reported(model):
     unknown = nnx.Dict(a=Strange(nnx.Rngs(0)), b=nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     plan = q4jax.plan_quantization(unknown)
     assert str(plan.kept[0]) == (
-        "a (Strange): kept: no kind of layer that is known; register_layer for its ['w']"
+        "a (Strange): kept: its class is unknown; register_layer for its ['w']"
     )
     assert [d.path for d in plan.quantized] == ["b"]
     assert "b (Linear): quantized" in str(plan)
@@ -286,7 +289,7 @@ def test_an_unknown_class_is_reported(model):
         (lambda m: {"v": "BD,DE->BE"}, r"it has no parameter 'v', but \['w'\]"),
         (lambda m: {"w": "BD,DEF->BEF"}, r"a weight \[64, 64\] has not the axes 'DEF'"),
         (lambda m: {"w": "BD,DE->B"}, r"\['E'\] are in one place only"),
-        (lambda m: {"w": q4jax.Fold((64, 32), (0,))}, r"w is \[64, 64\], not \[64, 32\]"),
+        (lambda m: {"w": q4jax.KernelAxes((64, 32), (0,))}, r"w is \[64, 64\], not \[64, 32\]"),
     ],
 )
 def test_descriptions_that_do_not_fit(describe, reason):
@@ -314,7 +317,7 @@ def test_descriptions_that_do_not_fit(describe, reason):
 )
 def test_equations_that_are_refused(equation, message):
     with pytest.raises(ValueError, match=message):
-        Equation.parse(equation)
+        BinaryEinsum.parse(equation)
 
 
 def test_inputs_that_do_not_fit():
@@ -330,9 +333,9 @@ def test_inputs_that_do_not_fit():
     with pytest.raises(TypeError, match="it is not an nnx.LinearGeneral"):
         q4jax.LinearGeneral4bit(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"different axes of \[2, 3\]"):
-        q4jax.Fold((2, 3), (2,))
+        q4jax.KernelAxes((2, 3), (2,))
     with pytest.raises(ValueError, match="has no outputs"):
-        q4jax.Fold((2, 3), (0, 1))
+        q4jax.KernelAxes((2, 3), (0, 1))
 
 
 class Layer(nnx.Module):

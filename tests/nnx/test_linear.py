@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 import q4jax
-from q4jax.nnx.linear import why_not
-from q4jax.nnx.variables import Frozen4bit, freeze, thaw
+from q4jax.nnx.linear import unsupported_reason
+from q4jax.nnx.variables import Frozen4bit, from_variables, to_variables
 
 X = jax.random.normal(jax.random.key(7), (3, 128))
 LINEARS = [q4jax.Linear4bit, q4jax.LinearNF4, q4jax.LinearFP4]
@@ -49,7 +49,7 @@ def test_weight_is_the_quantized_kernel_of_nnx_linear(use_bias, compress_statist
     expected = q4jax.Params4bit.quantize(dense.kernel[...].T, **settings)
     made = linear(q4jax.Linear4bit, use_bias=use_bias, **settings)
     taken = q4jax.Linear4bit.from_linear(dense, **settings)
-    assert bits(thaw(made.weight)) == bits(thaw(taken.weight)) == bits(expected)
+    assert bits(from_variables(made.weight)) == bits(from_variables(taken.weight)) == bits(expected)
     y = X @ expected.dequantize().T
     np.testing.assert_allclose(made(X), y, rtol=0, atol=1e-5)
     assert (made.bias is None) == (taken.bias is None) == (not use_bias)
@@ -73,7 +73,7 @@ def test_compute_dtype_is_the_inputs_unless_given(dtype):
 def test_ragged_and_other_blocksizes(blocksize):
     dense = nnx.Linear(72, 40, rngs=nnx.Rngs(0))
     layer = q4jax.LinearNF4.from_linear(dense, blocksize=blocksize)
-    w = thaw(layer.weight).dequantize()
+    w = from_variables(layer.weight).dequantize()
     x = X[:, :72]
     np.testing.assert_allclose(layer(x), x @ w.T, rtol=0, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_only_the_bias_is_a_param():
 
 def test_training_with_weight_decay_leaves_every_byte():
     layer = linear()
-    before, bias = bits(thaw(layer.weight)), np.asarray(layer.bias[...])
+    before, bias = bits(from_variables(layer.weight)), np.asarray(layer.bias[...])
     optimizer = nnx.Optimizer(layer, optax.adamw(0.1, weight_decay=0.5), wrt=nnx.Param)
 
     @nnx.jit
@@ -98,7 +98,7 @@ def test_training_with_weight_decay_leaves_every_byte():
 
     for _ in range(3):
         step(layer, optimizer)
-    assert bits(thaw(layer.weight)) == before
+    assert bits(from_variables(layer.weight)) == before
     assert not np.array_equal(layer.bias[...], bias)
     moments = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(optimizer))]
     assert jnp.uint8 not in moments
@@ -119,7 +119,7 @@ def test_training_with_weight_decay_leaves_every_byte():
 def test_the_state_is_carried(carry):
     layer = linear()
     carried = carry(layer)
-    assert bits(thaw(carried.weight)) == bits(thaw(layer.weight))
+    assert bits(from_variables(carried.weight)) == bits(from_variables(layer.weight))
     assert np.array_equal(carried(X), layer(X))
 
 
@@ -203,7 +203,7 @@ def test_a_cast_of_any_leaf_is_refused(leaf):
 
 def test_a_leaf_that_is_no_frozen_variable_is_refused():
     layer = linear()
-    weight = thaw(layer.weight)
+    weight = from_variables(layer.weight)
     layer.weight = jax.tree.map(nnx.Param, weight)
     with pytest.raises(TypeError, match=r"must be a Frozen4bit, got Param"):
         layer(X)
@@ -212,17 +212,17 @@ def test_a_leaf_that_is_no_frozen_variable_is_refused():
 def test_a_weight_put_into_a_layer_of_another_description_is_refused():
     layer = linear()
     other = q4jax.Params4bit.quantize(jnp.ones((96, 128)), quant_type="fp4")
-    layer.weight = freeze(other)
+    layer.weight = to_variables(other)
     with pytest.raises(ValueError, match=r"LinearNF4 is nf4_b64_n256.*its weight is fp4_b64_n0"):
         layer(X)
 
 
 def test_the_forward_changes_nothing():
     layer = linear()
-    before = bits(thaw(layer.weight)), str(jax.tree.structure(nnx.state(layer)))
+    before = bits(from_variables(layer.weight)), str(jax.tree.structure(nnx.state(layer)))
     nnx.jit(lambda m, x: m(x))(layer, X)
     layer(X)
-    assert (bits(thaw(layer.weight)), str(jax.tree.structure(nnx.state(layer)))) == before
+    assert (bits(from_variables(layer.weight)), str(jax.tree.structure(nnx.state(layer)))) == before
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_from_linear_refuses_what_it_cannot_keep():
     with pytest.raises(TypeError, match=r"kernel: cannot quantize a LinearNF4.*quantized already"):
         q4jax.Linear4bit.from_linear(linear())
     odd = nnx.Linear(64, 64, dot_general=lambda *a, **k: None, rngs=nnx.Rngs(0))
-    assert why_not(odd) == "its dot_general was replaced"
+    assert unsupported_reason(odd) == "its dot_general was replaced"
 
 
 @pytest.mark.parametrize("cls", EMBEDDINGS)
@@ -264,7 +264,7 @@ def test_from_linear_refuses_what_it_cannot_keep():
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 def test_embedding_rows_are_the_tables(cls, features, nested):
     embed = cls(50, features, compress_statistics=nested, rngs=nnx.Rngs(0))
-    table = thaw(embed.weight).dequantize()
+    table = from_variables(embed.weight).dequantize()
     ids = jnp.array([[0, 49, 7], [3, -1, 7]])
     assert np.array_equal(embed(ids), table[ids])
     assert np.array_equal(nnx.jit(lambda m, i: m(i))(embed, ids), table[ids])
@@ -277,7 +277,7 @@ def test_embedding_table_is_the_quantized_one_of_nnx_embed():
     expected = q4jax.Params4bit.quantize(
         dense.embedding[...], quant_type="nf4", compress_statistics=True
     )
-    assert bits(thaw(embed.weight)) == bits(expected)
+    assert bits(from_variables(embed.weight)) == bits(expected)
 
 
 @pytest.mark.parametrize("cls", [q4jax.EmbeddingNF4, q4jax.EmbeddingFP4])

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import q4jax
-from q4jax.nnx.variables import freeze
+from q4jax.nnx.variables import to_variables
 from q4jax.tree.fingerprint import fingerprint
 
 W = jax.random.normal(jax.random.key(0), (64, 128))
@@ -178,7 +178,7 @@ def test_incomplete_or_cast_weights_are_refused(model):
 
 def test_a_state_merged_into_another_module_is_refused():
     def layer(quant_type):
-        weight = freeze(quantize(quant_type=quant_type))
+        weight = to_variables(quantize(quant_type=quant_type))
         return nnx.Dict(weight=weight)
 
     graphdef, _ = nnx.split(layer("fp4"))

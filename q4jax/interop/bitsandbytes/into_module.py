@@ -1,4 +1,4 @@
-"""A torch state dict into an NNX module: names, orientation, and what is quantized on the way."""
+"""Load a torch state dict into an NNX module, quantizing weights where the module is 4-bit."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -8,22 +8,12 @@ from flax import nnx
 
 from q4jax.interop.bitsandbytes.tensors import own_copy, read_tensors, report_extra
 from q4jax.interop.safetensors.writer import Layout
-from q4jax.nnx.linear import Embedding4bit, Linear4bit
-from q4jax.nnx.traverse import replace_modules, walk_modules
-from q4jax.nnx.variables import freeze, thaw
+from q4jax.nnx.converters import converter_for
+from q4jax.nnx.traverse import iter_modules, replace_modules
+from q4jax.nnx.variables import from_variables, to_variables
 from q4jax.ops.params import Params4bit, quantize_stacked
 
 M = TypeVar("M", bound=nnx.Module)
-
-# Modules with weights of their own: torch's name of each attribute.
-_NAMES: dict[type, dict[str, str]] = {
-    Linear4bit: {"weight": "weight", "bias": "bias"},
-    Embedding4bit: {"weight": "weight"},
-    nnx.Linear: {"kernel": "weight", "bias": "bias"},
-    nnx.Embed: {"embedding": "weight"},
-    nnx.LayerNorm: {"scale": "weight", "bias": "bias"},
-    nnx.RMSNorm: {"scale": "weight"},
-}
 
 
 def load_state_dict(
@@ -33,7 +23,7 @@ def load_state_dict(
     names: Callable[[str], str] = lambda path: path,
     strict: bool = True,
 ) -> M:
-    """A model with the weights of a torch state dict, 4-bit or in full precision.
+    """Return a model with the weights of a torch state dict, 4-bit or in full precision.
 
     A 4-bit weight goes into a 4-bit layer of the same description only. A full-precision one
     that goes into a 4-bit layer is cast to the layer's `param_dtype` and quantized.
@@ -68,18 +58,18 @@ def load_state_dict(
     arrays = {name: own_copy(name, value) for name, value in state_dict.items()}
     layouts = {name: Layout.of(array) for name, array in arrays.items()}
     tensors = read_tensors(arrays, layouts, strict, None)
-    places = {}
-    for path, module in walk_modules(model):
+    names_of = {}
+    for path, module in iter_modules(model):
         for attribute, name in _parameters(path, module).items():
-            places[path, attribute] = f"{names(path)}.{name}".removeprefix(".")
-    missing = sorted(set(places.values()) - tensors.keys())
+            names_of[path, attribute] = f"{names(path)}.{name}".removeprefix(".")
+    missing = sorted(set(names_of.values()) - tensors.keys())
     if missing:
         raise ValueError(f"state_dict has no {missing}")
-    report_extra(sorted(tensors.keys() - set(places.values())), strict, "keys the model lacks")
+    report_extra(sorted(tensors.keys() - set(names_of.values())), strict, "keys the model lacks")
 
     def fill(path: str, module: nnx.Module) -> nnx.Module:
         for attribute in _parameters(path, module):
-            name = places[path, attribute]
+            name = names_of[path, attribute]
             new = _fitting(name, tensors[name], getattr(module, attribute), attribute)
             setattr(module, attribute, new)
         return module
@@ -88,9 +78,9 @@ def load_state_dict(
 
 
 def _parameters(path: str, module: nnx.Module) -> dict[str, str]:
-    """Torch's name of each weight that a module itself holds."""
-    kind = next((kind for kind in type(module).__mro__ if kind in _NAMES), None)
-    known = _NAMES[kind] if kind is not None else {}
+    """Return torch's name of each parameter that a module itself has."""
+    converter = converter_for(module)
+    known = {} if converter is None else converter.names_in_torch(module)
     for attribute, value in vars(module).items():
         if isinstance(value, nnx.Param) and attribute not in known:
             raise TypeError(
@@ -100,9 +90,9 @@ def _parameters(path: str, module: nnx.Module) -> dict[str, str]:
 
 
 def _fitting(name: str, tensor: Any, old: Any, attribute: str) -> Any:
-    """What takes the place of the weight `old`; ValueError unless it is alike."""
+    """Return the new value of the weight `old`; ValueError unless it is alike."""
     if isinstance(old, Params4bit):
-        return freeze(_quantized(name, tensor, thaw(old)))
+        return to_variables(_quantized(name, tensor, from_variables(old)))
     if isinstance(tensor, Params4bit):
         raise ValueError(f"{name} is {tensor!r}, but the layer of the model is not 4-bit")
     value = tensor.T if attribute == "kernel" else tensor

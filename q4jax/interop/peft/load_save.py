@@ -18,7 +18,7 @@ from q4jax.interop.safetensors.reader import TensorFile
 from q4jax.interop.safetensors.writer import write_file, write_json
 from q4jax.lora.adapter import Adapter, LoRALinear4bit
 from q4jax.nnx.linear import Linear4bit
-from q4jax.nnx.traverse import replace_modules, walk_modules
+from q4jax.nnx.traverse import iter_modules, replace_modules
 
 __all__ = ["AdapterConfig", "load_adapters", "read_adapters", "save_adapters"]
 
@@ -135,8 +135,8 @@ def load_adapters(
 
 def _by_path(model: nnx.Module, pairs: Pairs, prefix: str) -> dict[str, list[str]]:
     """Path of a layer to the names of its adapters, in the order of layers."""
-    layers = {p: m for p, m in walk_modules(model) if isinstance(m, Linear4bit)}
-    if any(isinstance(m, Adapter) for _, m in walk_modules(model)):
+    layers = {p: m for p, m in iter_modules(model) if isinstance(m, Linear4bit)}
+    if any(isinstance(m, Adapter) for _, m in iter_modules(model)):
         raise ValueError("model has adapters already")
     found: dict[str, dict[int | None, str]] = {}
     for name in pairs:
@@ -202,7 +202,7 @@ def save_adapters(
       ValueError: the model has no adapter, or adapters that one config cannot describe.
       NotImplementedError: an adapter that is not beside a `Linear4bit` or an `nnx.Linear`.
     """
-    adapters = {p: m for p, m in walk_modules(model) if isinstance(m, Adapter)}
+    adapters = {p: m for p, m in iter_modules(model) if isinstance(m, Adapter)}
     if not adapters:
         raise ValueError("the model has no adapter to save; add_lora makes them")
     for at, module in adapters.items():

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from q4jax.nnx.traverse import walk_modules
+from q4jax.nnx.traverse import iter_modules
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -186,7 +186,7 @@ class LlamaShardings:
           model: an abstract Llama in full precision.
           blocksizes: of the layers whose weight will be in 4 bits, by path.
         """
-        for path, module in walk_modules(model):
+        for path, module in iter_modules(model):
             for leaf, variable in vars(module).items():
                 if not isinstance(variable, nnx.Param):
                     continue

@@ -23,7 +23,7 @@ from q4jax.models.llama.shardings import LlamaShardings
 from q4jax.models.llama.tensor_names import tensor_names
 from q4jax.models.pretrained.loader import Loader
 from q4jax.nnx.convert import plan_quantization
-from q4jax.nnx.traverse import walk_modules
+from q4jax.nnx.traverse import iter_modules
 
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
@@ -153,7 +153,7 @@ def _linear_paths(model: Llama) -> dict[str, list[str]]:
     """The linear layers: dotted path to the tensors of the weight."""
     return {
         path: tensor_names((*path.split("."), "kernel"), model.config)
-        for path, module in walk_modules(model)
+        for path, module in iter_modules(model)
         if isinstance(module, nnx.Linear)
     }
 

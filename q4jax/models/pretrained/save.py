@@ -11,8 +11,8 @@ from q4jax.interop.huggingface.load_save import save_directory
 from q4jax.models.llama.decoder import Llama
 from q4jax.models.llama.tensor_names import LEAVES, is_transposed, lead_shape, tensor_names
 from q4jax.nnx.linear import Linear4bit
-from q4jax.nnx.traverse import walk_modules
-from q4jax.nnx.variables import thaw
+from q4jax.nnx.traverse import iter_modules
+from q4jax.nnx.variables import from_variables
 from q4jax.ops.params import Params4bit
 
 
@@ -43,11 +43,11 @@ def save_pretrained(
     config = model.config
     entries = config.to_hf()
     tree: dict[str, Any] = {}
-    for path_of, module in walk_modules(model):
+    for path_of, module in iter_modules(model):
         at = tuple(path_of.split("."))
         if isinstance(module, Linear4bit):
             names = tensor_names((*at, "kernel"), config)
-            weights = _matrices(thaw(module.weight), lead_shape(at, config))
+            weights = _matrices(from_variables(module.weight), lead_shape(at, config))
             tree |= dict(zip(names, weights, strict=True))
         for leaf, variable in vars(module).items():
             if not isinstance(variable, nnx.Variable):

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import q4jax
 from q4jax.models import Llama, LlamaConfig, LlamaShardings
+from q4jax.nnx.variables import Frozen4bit
 from tests.support.meshes import mesh_of
 
 # Every axis of the meshes divides every width, also counted in blocks of 32. No part of the
