@@ -1,6 +1,6 @@
 """Draw the README's picture from stored results: memory of a weight, and time of a product.
 
-    python benchmarks/plot_readme.py     # reads results/cpu.json, writes results/readme.png
+python benchmarks/plot_readme.py     # reads results/cpu.json, writes results/readme.png
 """
 
 import json
