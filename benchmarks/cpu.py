@@ -27,10 +27,13 @@ import numpy as np
 import q4jax
 from q4jax import codebooks
 from q4jax.core import blockwise
-from q4jax.xla import matmul as xla
+from q4jax.core.blockwise import WeightArrays
+from q4jax.xla.matmul import tiled
+from q4jax.xla.quantize import quantize_rows
+from q4jax.xla.tiling import has_bfloat16_dot
 
 HERE = pathlib.Path(__file__).parent
-TABLE = pathlib.Path(xla.__file__).with_name("tuning.json")
+TABLE = pathlib.Path(q4jax.__file__).parent / "xla" / "tuning.json"
 BLOCKSIZE = 64
 OUT_IN = (((1,), (1,)), ((), ()))
 IN_OUT = (((1,), (0,)), ((), ()))
@@ -225,13 +228,15 @@ def quantize_cases(size, repeats):
 
 
 def tune(size, repeats):
-    """Measures `xla.linear` and `xla.transposed` over tile sizes and rewrites the table."""
+    """Measure the tiled products over tile sizes, and rewrite the table."""
     table = json.loads(TABLE.read_text())
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((size, size)), jnp.float32)
-    packed, absmax = xla.quantize_rows(w, quant_type="nf4", blocksize=BLOCKSIZE)
-    bfloat16 = "bfloat16_native" if xla.has_bfloat16_dot() else "bfloat16_emulated"
-    for op in (xla.linear, xla.transposed):
+    packed, absmax = quantize_rows(w, quant_type="nf4", blocksize=BLOCKSIZE)
+    bfloat16 = "bfloat16_native" if has_bfloat16_dot() else "bfloat16_emulated"
+    arrays = WeightArrays(packed, absmax, None, None)
+    spec = q4jax.QuantSpec.from_shape(w.shape, "float32", "nf4", BLOCKSIZE, False)
+    for op in ("linear", "linear_transpose"):
         for name, dtype in (("float32", "float32"), ("float16", "float16"), (bfloat16, "bfloat16")):
             rows_of = []
             for m in (4, 64, 512):
@@ -240,19 +245,17 @@ def tune(size, repeats):
                 for elements in (2**20, 2**21):
                     for upcast in (False,) if dtype == "float32" else (False, True):
                         function = jax.jit(
-                            lambda x, p, a, elements=elements, upcast=upcast, op=op: op(
-                                x, p, a, quant_type="nf4", blocksize=BLOCKSIZE,
+                            functools.partial(
+                                tiled, spec=spec, transpose=op == "linear_transpose",
                                 elements=elements, upcast=upcast,
                             )
                         )  # fmt: skip
-                        candidates[elements, upcast] = function, x, packed, absmax
+                        candidates[elements, upcast] = function, x, arrays, None
                 times = measure(candidates, repeats)
                 elements, upcast = min(times, key=lambda key: times[key][0])
                 rows_of.append([m, elements, int(upcast)])
-                print(
-                    op.__name__, name, f"M={m}", f"elements={elements} upcast={upcast}", flush=True
-                )
-            table[op.__name__][name] = rows_of
+                print(op, name, f"M={m}", f"elements={elements} upcast={upcast}", flush=True)
+            table[op][name] = rows_of
     lines = []
     for op, dtypes in table.items():
         entries = ",\n".join(f'    "{name}": {json.dumps(rows)}' for name, rows in dtypes.items())

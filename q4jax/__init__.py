@@ -11,9 +11,10 @@ from q4jax.convert.registry import register_layer
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState
+from q4jax.ops.dequantize import dequantize_4bit
 from q4jax.ops.matmul import matmul_4bit
 from q4jax.ops.params import Params4bit
-from q4jax.ops.quantize import dequantize_4bit, quantize_4bit
+from q4jax.ops.quantize import quantize_4bit
 
 if TYPE_CHECKING:
     from q4jax import checkpoint, interop, models, native

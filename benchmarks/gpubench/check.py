@@ -20,9 +20,11 @@ import q4jax
 from gpubench.clock import one_line
 from q4jax import Params4bit
 from q4jax.gpu import tiles
-from q4jax.ops import registry as implementations
+from q4jax.ops.matmul import LinearTranspose
+from q4jax.ops.registry import check_name
+from q4jax.sharding import partition
 
-OPERATIONS = ("quantize", "dequantize", "linear", "transposed")
+OPERATIONS = ("quantize", "dequantize", "linear", "linear_transpose")
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ((64, (101, 448)), (32, (136, 224)), (128, (64, 1024)), (4096, (24, 8192)))
 MS = (1, 16, 5, 33, 64, 130)
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def is_product(self):
-        return self.operation in ("linear", "transposed")
+        return self.operation in ("linear", "linear_transpose")
 
 
 def all_cases():
@@ -76,8 +78,8 @@ def all_cases():
         if i % 2 == (i // 2) % 2:
             cases.append(Case("quantize", *fields))
         cases.append(Case("dequantize", *fields))
-        cases += [Case(name, *fields, MS[i % len(MS)]) for name in ("linear", "transposed")]
-    for name in ("linear", "transposed"):
+        cases += [Case(name, *fields, MS[i % len(MS)]) for name in ("linear", "linear_transpose")]
+    for name in ("linear", "linear_transpose"):
         cases += [Case(name, m=m) for m in MS]
         cases += [Case(name, shape=(4096, 4096), m=m) for m in (1, 64, 512)]
         cases.append(Case(name, shape=(264, 11008), m=3))
@@ -112,7 +114,7 @@ def unavailable(implementation):
     """Why it does not serve calls here, in one line; None where it does."""
     case = Case("linear", m=1)
     try:
-        implementations.resolve(implementation)
+        check_name(implementation)
         jax.jit(_function(case, implementation)).lower(*_abstract(case))
     except NotImplementedError as error:
         return one_line(error)
@@ -239,9 +241,9 @@ def _function(case, implementation):
     def linear(x, weight, bias=None):
         return q4jax.matmul_4bit(x, weight, bias=bias, implementation=implementation)
 
-    def transposed(g, weight):
-        spec = weight.quant_state.spec
-        return implementations.call(implementation, "transposed", g, weight.arrays, spec=spec)
+    def linear_transpose(g, weight):
+        op = LinearTranspose(weight.quant_state.spec, check_name(implementation), False)
+        return partition.run(op, g, weight.arrays)[0]
 
     function = locals()[case.operation]
     if not case.mapped:
@@ -270,7 +272,7 @@ def _arguments(case):
         return (weight,)
     rows, out = (k, n) if case.operation == "linear" else (n, k)
     x = jnp.asarray(rng.standard_normal((*lead, case.m, rows))).astype(case.dtype)
-    if case.operation == "transposed" or case.m % 2:
+    if case.operation == "linear_transpose" or case.m % 2:
         return x, weight
     return x, weight, jnp.asarray(rng.standard_normal((*lead, out)), jnp.float32)
 

@@ -34,7 +34,7 @@ class Row:
     """One measurement.
 
     Attributes:
-      operation: "linear", "transposed", "dequantize" or "quantize".
+      operation: "linear", "linear_transpose", "dequantize" or "quantize".
       n, k: of the weight.
       m: rows of the activation; 0 where there is none.
     """
@@ -54,7 +54,7 @@ def rows(shapes=SHAPES, ms=MS):
     ranked = []
     for (i, (n, k)), (j, m) in itertools.product(enumerate(shapes), enumerate(ms)):
         ranked.append((2 * i + j, Row("linear", n, k, m)))
-        ranked.append((2 * i + j + 4, Row("transposed", n, k, m)))
+        ranked.append((2 * i + j + 4, Row("linear_transpose", n, k, m)))
     for i, (n, k) in enumerate(shapes):
         ranked += [
             (2 * i + j, Row(name, n, k)) for j, name in enumerate(("dequantize", "quantize"))

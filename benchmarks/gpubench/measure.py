@@ -22,7 +22,11 @@ import numpy as np
 
 from gpubench.clock import Job
 from q4jax import Params4bit
-from q4jax.ops import registry as implementations
+from q4jax.ops.dequantize import Dequantize
+from q4jax.ops.matmul import Linear, LinearTranspose
+from q4jax.ops.quantize import Quantize
+from q4jax.ops.registry import check_name
+from q4jax.sharding.partition import run
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 DENSE, DENSE_BY_XLA, SEPARATE = "dense", "dense by XLA", "dequantize + dot"
@@ -75,21 +79,21 @@ def cost(row, weight):
 
 def operation(name, implementation, spec):
     """f(x, weight) of a row's operation, by an implementation or in one of the other ways."""
-    call = implementations.call
+    chosen = check_name(implementation)
 
     def dequantize(_, weight):
-        return call(implementation, "dequantize", weight.arrays, spec=spec, dtype=DTYPE)
+        return run(Dequantize(spec, chosen, DTYPE), weight.arrays)[0]
 
     def quantize(_, w):
-        return call(implementation, "quantize", w, spec=spec)
+        return run(Quantize(spec, chosen), w)
 
     def linear(x, weight):
-        return call(implementation, "linear", x, weight.arrays, None, spec=spec)
+        return run(Linear(spec, chosen, False), x, weight.arrays, None)[0]
 
-    def transposed(x, weight):
-        return call(implementation, "transposed", x, weight.arrays, spec=spec)
+    def linear_transpose(x, weight):
+        return run(LinearTranspose(spec, chosen, False), x, weight.arrays)[0]
 
-    return {f.__name__: f for f in (dequantize, quantize, linear, transposed)}[name]
+    return {f.__name__: f for f in (dequantize, quantize, linear, linear_transpose)}[name]
 
 
 def dot(x, w, *, transposed):
@@ -115,9 +119,9 @@ def jobs(row, names, kernels, weights):
         which = packed if row.operation == "dequantize" else dense
         run = operation(row.operation, kernels, spec)
         return [Job((row, kernels), run, (), which[:few], 2 * floor)]
-    width = row.n if row.operation == "transposed" else row.k
+    width = row.n if row.operation == "linear_transpose" else row.k
     x = jax.random.normal(jax.random.key(row.m), (row.m, width), DTYPE)
-    plain = functools.partial(dot, transposed=row.operation == "transposed")
+    plain = functools.partial(dot, transposed=row.operation == "linear_transpose")
     dense_floor = max(floor, 2 * row.n * row.k / _BANDWIDTH)
     found = []
     for name in names:

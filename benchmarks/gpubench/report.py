@@ -103,7 +103,7 @@ def plot(path, results):
     except ImportError:
         print("no plot: it needs matplotlib (pip install matplotlib)")
         return False
-    operations = ("linear", "transposed")
+    operations = ("linear", "linear_transpose")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, operation in zip(axes, operations, strict=True):
         lines = {}

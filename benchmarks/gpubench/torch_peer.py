@@ -40,7 +40,7 @@ def main():
             if (n, k) not in cache:
                 cache[n, k] = make(bitsandbytes, n, k, asked["cache_bytes"], device)
             packed, dense = cache[n, k]
-            width = n if operation == "transposed" else k
+            width = n if operation == "linear_transpose" else k
             x = torch.randn(m, width, dtype=torch.bfloat16, device=device)
             for name, weights, call in (
                 ("cublas", dense, DENSE[operation]),
@@ -80,11 +80,13 @@ def make(bitsandbytes, n, k, cache_bytes, device):
 # As `Linear4bit` calls it, forward and in its backward pass.
 BITSANDBYTES = {
     "linear": lambda bnb, x, w: bnb.matmul_4bit(x, w[0].t(), quant_state=w[1]),
-    "transposed": lambda bnb, x, w: torch.matmul(x, bnb.functional.dequantize_4bit(*w).to(x.dtype)),
+    "linear_transpose": lambda bnb, x, w: torch.matmul(
+        x, bnb.functional.dequantize_4bit(*w).to(x.dtype)
+    ),
 }
 DENSE = {
     "linear": lambda _, x, w: torch.nn.functional.linear(x, w),
-    "transposed": lambda _, x, w: torch.matmul(x, w),
+    "linear_transpose": lambda _, x, w: torch.matmul(x, w),
 }
 
 

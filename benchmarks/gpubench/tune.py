@@ -47,7 +47,7 @@ def grid(operation, dtype_class, last_m):
 def tune(bench, table, dtype_class, most=None):
     """Puts the rows of a dtype class into the table; a record of what was tried."""
     record = []
-    for operation in ("linear", "transposed"):
+    for operation in ("linear", "linear_transpose"):
         first_m = 1
         for row in table[operation][dtype_class]:
             last_m, *sizes = row
@@ -81,7 +81,7 @@ def crossovers(bench, table, ms):
     Those for float32 stay as they are: there are no such products in full precision to lose to.
     """
     record = []
-    for operation in ("linear", "transposed"):
+    for operation in ("linear", "linear_transpose"):
         faster = []
         for m in ms:
             if bench.budget.spent():
@@ -114,7 +114,7 @@ def save(table, path=TABLE):
     crossings = [f'    "{k}": {json.dumps(v)}' for k, v in table["crossover"].items()]
     lines.append('  "crossover": {\n' + ",\n".join(crossings) + "\n  },")
     operations = []
-    for operation in ("linear", "transposed"):
+    for operation in ("linear", "linear_transpose"):
         classes = [
             f'    "{name}": [\n' + ",\n".join(f"      {json.dumps(r)}" for r in rows) + "\n    ]"
             for name, rows in table[operation].items()

@@ -1,4 +1,4 @@
-"""Blockwise quantization in plain jax.numpy: the meaning every faster form is held to.
+"""The reference of blockwise quantization, in plain jax.numpy, for every implementation.
 
 Functions take and return arrays and a `QuantSpec`; `QuantState` and `Params4bit` are built on
 them. The arithmetic is that of bitsandbytes' CPU backend, bit for bit, except that XLA flushes
@@ -23,7 +23,7 @@ LARGEST_RECIPROCAL = 2.0**126
 
 
 class WeightArrays(NamedTuple):
-    """The arrays of a quantized weight; the last two are None where statistics are plain."""
+    """The arrays of a quantized weight; the last two are None where the scales are plain."""
 
     packed: Array
     absmax: Array
@@ -32,7 +32,7 @@ class WeightArrays(NamedTuple):
 
 
 def block_absmax(blocks: Array) -> Array:
-    """Largest magnitude along the last axis, float32; NaN where there is a NaN.
+    """Return the largest magnitude along the last axis, float32; NaN where there is a NaN.
 
     XLA's float max drops NaN on CPU. Without their sign bit, floats order as integers do, NaN last.
     """
@@ -41,7 +41,7 @@ def block_absmax(blocks: Array) -> Array:
 
 
 def divide(x: Array, by: Array) -> Array:
-    """IEEE division, also by a broadcast denominator.
+    """Divide as IEEE 754 says, also by a broadcast denominator.
 
     XLA turns a division by a broadcast into a product with the reciprocal, unless it cannot see
     that it is one.
@@ -50,7 +50,7 @@ def divide(x: Array, by: Array) -> Array:
 
 
 def _scale_blocks(flat: Array, blocksize: int) -> tuple[Array, Array]:
-    """Blocks scaled to [-1, 1] and their absmax; the tail of the last block is filled with 0.
+    """Scale blocks to [-1, 1]; return them and their absmax. The last block is padded with 0.
 
     Full blocks are multiplied by the reciprocal and a partial one is divided, which differ in the
     last bit now and then: that is how the files that exist were made.
@@ -68,12 +68,12 @@ def _scale_blocks(flat: Array, blocksize: int) -> tuple[Array, Array]:
 
 
 def _interval(scaled: Array, thresholds: np.ndarray) -> Array:
-    """How many thresholds are below each value, int32; all of them for NaN."""
+    """Count the thresholds below each value, int32; all of them for NaN."""
     return jnp.searchsorted(jnp.asarray(thresholds), scaled, side="left")
 
 
 def _sum(flat: Array) -> Array:
-    """The sum by halving: the same bits under `jit`, `vmap` and eagerly, as no reduction has."""
+    """Sum by halving: the same bits under `jit`, under `vmap` and eagerly, unlike `jnp.sum`."""
     while flat.size > 1:
         flat = jnp.pad(flat, (0, flat.size % 2))
         half = flat.size // 2
@@ -81,8 +81,8 @@ def _sum(flat: Array) -> Array:
     return flat[0]
 
 
-def compress(absmax: Array) -> tuple[Array, Array, Array]:
-    """Double quantization: (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
+def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
+    """Quantize scales to (uint8 codes like absmax, float32 nested_absmax [b], offset [])."""
     # The mean by a true division: a divisor that does not depend on data would become a product
     # with the reciprocal, and that be contracted into the subtraction.
     total = _sum(absmax.ravel())
@@ -95,7 +95,7 @@ def compress(absmax: Array) -> tuple[Array, Array, Array]:
 
 
 def pack(codes: Array) -> Array:
-    """Two 4-bit codes a byte, the element of even index in the high nibble; n must be even."""
+    """Pack two 4-bit codes a byte, the element of even index in the high nibble; n must be even."""
     return (codes[..., 0::2] << 4) | codes[..., 1::2]
 
 
@@ -106,7 +106,7 @@ def unpack(packed: Array) -> Array:
 
 
 def quantize_flat(w: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """Codes and plain scales of a whole weight, both flat: (uint8 [(n+1)//2], float32 [blocks])."""
+    """Quantize a weight to flat codes and plain scales: (uint8 [(n+1)//2], float32 [blocks])."""
     flat = w.astype(jnp.float32).ravel()
     scaled, absmax = _scale_blocks(flat, spec.blocksize)
     interval = _interval(scaled, codebooks.CODEBOOKS[spec.quant_type].thresholds)
@@ -122,13 +122,13 @@ def quantize_flat(w: Array, spec: QuantSpec) -> tuple[Array, Array]:
 def in_layout(
     w_shape: tuple[int, ...], packed: Array, absmax: Array, spec: QuantSpec
 ) -> tuple[Array, Array]:
-    """Codes and scales in the spec's layout; leading axes of `w_shape` stay as axes."""
+    """Reshape codes and scales to the spec's layout, keeping the leading axes of `w_shape`."""
     lead = w_shape[: len(w_shape) - len(spec.shape)]
     return packed.reshape(*lead, *spec.packed_shape), absmax.reshape(*lead, *spec.absmax_shape)
 
 
 def decode_absmax(absmax: Array, nested_absmax: Array | None, offset: Array | None) -> Array:
-    """The float32 scales, in `absmax`'s shape; axes that `offset` has are leading axes of all."""
+    """Decode scales to float32, in `absmax`'s shape; `offset`'s axes are leading axes of all."""
     if nested_absmax is None or offset is None:
         return absmax
     if offset.ndim:
@@ -141,7 +141,7 @@ def block_numbers(
     first: Sequence[Array | int] | None = None,
     whole: tuple[int, ...] | None = None,
 ) -> Array:
-    """The numbers of scales in the row-major order of their weight, int32 of `shape`.
+    """Number scales in the row-major order of their weight, int32 of `shape`.
 
     From an iota rather than a reshape: a reshape across a sharded axis would gather the scales.
 
@@ -158,13 +158,13 @@ def block_numbers(
 
 
 def decode_absmax_at(index: Array, codes: Array, nested_absmax: Array, offset: Array) -> Array:
-    """Float32 scales from their 8-bit codes; `index` says which blocks of the weight they are."""
+    """Decode 8-bit codes to float32 scales; `index` holds the numbers of their blocks."""
     scales = nested_absmax[index // codebooks.NESTED_BLOCKSIZE]
     return scale(jnp.asarray(codebooks.DYNAMIC_MAP)[codes], scales, offset)
 
 
 def scale(value: Array, nested: Array, offset: Array) -> Array:
-    """An entry of the 8-bit map times its nested scale, plus the offset: two roundings.
+    """Multiply an entry of the 8-bit map by its nested scale and add the offset: two roundings.
 
     A compiler would contract the product into the sum. No entry of the map exceeds 1, so the clip
     changes nothing, which the compiler cannot know.
@@ -173,7 +173,7 @@ def scale(value: Array, nested: Array, offset: Array) -> Array:
 
 
 def dequantize(arrays: WeightArrays, spec: QuantSpec, dtype: DTypeLike) -> Array:
-    """Codebook * absmax in float32, rounded once to `dtype`; leading axes are kept."""
+    """Compute codebook * absmax in float32, rounded once to `dtype`; leading axes are kept."""
     packed = arrays.packed
     absmax = decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset)
     lead = packed.shape[: packed.ndim - len(spec.packed_shape)]
@@ -188,7 +188,7 @@ def dequantize(arrays: WeightArrays, spec: QuantSpec, dtype: DTypeLike) -> Array
 
 
 def take_rows(arrays: WeightArrays, ids: Array, spec: QuantSpec, dtype: DTypeLike) -> Array:
-    """Rows of a table `[rows, features]`, decoding no others: `[*ids.shape, features]`.
+    """Decode only the rows with these ids of a table `[rows, features]`: `[*ids.shape, features]`.
 
     `ids` are within the table.
     """
@@ -211,7 +211,7 @@ def take_rows(arrays: WeightArrays, ids: Array, spec: QuantSpec, dtype: DTypeLik
 
 
 def _scales_at(block: Array, arrays: WeightArrays) -> Array:
-    """Float32 scales of the blocks of these numbers."""
+    """Decode the float32 scales of the blocks with these numbers."""
     scales = arrays.absmax.reshape(-1)[block]
     if arrays.nested_absmax is None or arrays.offset is None:
         return scales

@@ -1,4 +1,4 @@
-"""bitsandbytes' dict form of a quantization state: its key names, its JSON, its checks."""
+"""A quantization state as bitsandbytes' dict: its key names, its JSON and their checks."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def write(
     shape: tuple[int, ...],
     packed: bool,
 ) -> dict[str, Any]:
-    """The dict of one state: arrays and scalars, the latter as JSON in one array if `packed`."""
+    """Return the dict of one state; if `packed`, with its scalars as JSON in one array."""
     arrays = {
         "absmax": np.asarray(absmax).reshape(-1),
         "quant_map": np.array(codebooks.CODEBOOKS[spec.quant_type].values),
@@ -50,7 +50,7 @@ def write(
 
 
 def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpec]:
-    """absmax, nested_absmax, offset and spec from a dict; ValueError naming what is wrong."""
+    """Read absmax, nested_absmax, offset and spec from a dict; ValueError names a wrong entry."""
     items = _unpacked(d)
     plain, nested = {*_SCALARS, *_ARRAYS}, {*_NESTED_SCALARS, *_NESTED_ARRAYS}
     unknown = sorted(items.keys() - plain - nested)
@@ -90,12 +90,12 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
 
 
 def _on_device(array: Any) -> Array:
-    """A copy as a JAX array; `jnp.asarray` would compile a program for each new shape."""
+    """Copy to a JAX array; `jnp.asarray` would compile a program for each new shape."""
     return jax.device_put(np.array(array))
 
 
 def _unpacked(d: dict[str, Any]) -> dict[str, Any]:
-    """Keys without their prefix, JSON merged in; ValueError where two keys become one."""
+    """Strip the keys' prefix and merge the JSON; ValueError where two keys become one."""
     items: dict[str, Any] = {}
 
     def put(name: str, value: Any) -> None:

@@ -25,7 +25,7 @@ def _float32(values: ArrayLike) -> np.ndarray:
 
 
 def _midpoints(ascending: np.ndarray) -> np.ndarray:
-    """The float32 value half-way between neighbours, computed in float32."""
+    """Compute the float32 midpoints of neighbouring values, in float32."""
     return _float32((ascending[:-1] + ascending[1:]) * np.float32(0.5))
 
 
@@ -37,7 +37,7 @@ def _uint8(values: ArrayLike) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Codebook:
-    """A 4-bit format: what each code decodes to, and which code a value in [-1, 1] takes.
+    """A 4-bit format: the value of each code, and the code of each value in [-1, 1].
 
     A value takes the entry of `sorted_codes` at the number of `thresholds` strictly below it, so
     a value on a threshold takes the lower neighbour.
@@ -97,14 +97,14 @@ CODEBOOKS: dict[str, Codebook] = {
 
 
 def check_quant_type(value: object, name: str = "quant_type") -> None:
-    """ValueError unless `value` is a key of `CODEBOOKS`; `name` is what the error calls it."""
+    """Raise ValueError, with `name`, unless `value` is a key of `CODEBOOKS`."""
     if not isinstance(value, str) or value not in CODEBOOKS:
         allowed = " or ".join(map(repr, CODEBOOKS))
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _edges(intervals: int) -> np.ndarray:
-    """`intervals + 1` points from 0.1 to 1, with the rounding of the files that exist.
+    """Return `intervals + 1` points from 0.1 to 1, with the rounding of bitsandbytes' files.
 
     The step is a float32; each point counts from the nearer end and is rounded once (numpy's
     linspace differs in the last bit of 22 entries of the map).
@@ -117,7 +117,7 @@ def _edges(intervals: int) -> np.ndarray:
 
 
 def _dynamic_map() -> np.ndarray:
-    """The signed dynamic 8-bit map of "8-bit Optimizers" (arXiv:2110.02861), float32 [256].
+    """Compute the signed dynamic 8-bit map of "8-bit Optimizers" (arXiv:2110.02861), float32 [256].
 
     A sign bit, then a unary decimal exponent, then a linear fraction in the bits that remain:
     seven decades, the e-th holding 2**e evenly spaced magnitudes, and 0 and +1 beside them.

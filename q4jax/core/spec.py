@@ -1,4 +1,4 @@
-"""`QuantSpec`: everything about a quantized weight that is not an array."""
+"""`QuantSpec`, the static description of a 4-bit weight."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ _TAG = re.compile(
 
 
 def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
-    """`value` as one of float32, float16, bfloat16; ValueError naming the argument otherwise."""
+    """Return `value` as float32, float16 or bfloat16; ValueError names the argument otherwise."""
     try:
         dtype = np.dtype(value)
     except (TypeError, ValueError, SyntaxError):  # the last of texts such as ","
@@ -32,7 +32,7 @@ def float_dtype(value: Any, name: str = "dtype") -> np.dtype[Any]:
 
 
 def check_blocksize(value: Any) -> None:
-    """ValueError unless it is one of the block sizes."""
+    """Raise ValueError unless `value` is one of the block sizes."""
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not integer or value not in BLOCKSIZES:
         raise ValueError(f"invalid blocksize {value!r}; allowed: {list(BLOCKSIZES)}")
@@ -53,7 +53,7 @@ class QuantSpec:
       shape: in the row form (`shape[-1] % blocksize == 0`) the matrix shape, at most two axes;
         in the flat form the full shape of the weight.
 
-    Example:
+    Examples:
       >>> spec = QuantSpec("nf4", 64, 256, "float32", (128, 256))
       >>> spec.tag()
       'nf4_b64_n256_float32_128x256'
@@ -94,7 +94,7 @@ class QuantSpec:
     def from_shape(
         cls, shape: tuple[int, ...], dtype: Any, quant_type: str, blocksize: int, nested: bool
     ) -> "QuantSpec":
-        """The spec of a weight of this full `shape`: leading axes are dropped in the row form."""
+        """Return the spec of a weight with this full `shape`; the row form drops leading axes."""
         if 0 in shape:
             raise ValueError(f"shape must have no empty axis, got {tuple(shape)}")
         in_rows = blocksize in BLOCKSIZES and len(shape) > 0 and shape[-1] % blocksize == 0
@@ -126,14 +126,14 @@ class QuantSpec:
         return (-(-math.prod(self.shape) // self.blocksize),)
 
     def tag(self) -> str:
-        """One identifier that holds every field, such as `nf4_b64_n256_float32_128x256`."""
+        """Return an identifier that holds every field, such as `nf4_b64_n256_float32_128x256`."""
         shape = "x".join(map(str, self.shape))
         numbers = f"b{self.blocksize}_n{self.nested_blocksize}"
         return f"{self.quant_type}_{numbers}_{self.dtype.name}_{shape}"
 
     @classmethod
     def parse(cls, tag: str) -> "QuantSpec":
-        """The inverse of `tag`; ValueError for anything `tag` cannot have written."""
+        """Invert `tag`; ValueError for a text that `tag` does not write."""
         match = _TAG.fullmatch(tag)
         if match is None:
             raise ValueError(f"not the tag of a QuantSpec: {tag!r}")

@@ -1,4 +1,4 @@
-"""`QuantState`: the scales of a 4-bit weight and what they mean, as a pytree."""
+"""`QuantState`: the scales of a 4-bit weight and their description, as a pytree."""
 
 import math
 from collections.abc import Iterable
@@ -10,18 +10,19 @@ import numpy as np
 from jax import Array
 
 from q4jax.core import bnb_format, codebooks
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 
 _SEPARATOR = "__"
 
 
 def with_tag(name: str, spec: QuantSpec) -> str:
-    """The key of a quantized leaf: a mismatch of any static field is a mismatch of structure."""
+    """Return the key of a quantized leaf, so that another description is another tree structure."""
     return f"{name}{_SEPARATOR}{spec.tag()}"
 
 
 def split_tag(key: str) -> tuple[str, QuantSpec]:
-    """The inverse of `with_tag`; ValueError where `key` carries no tag."""
+    """Invert `with_tag`; ValueError where `key` has no tag."""
     name, separator, tag = key.partition(_SEPARATOR)
     if not separator:
         raise ValueError(f"not the key of a quantized leaf: {key!r}")
@@ -69,14 +70,14 @@ class QuantState:
         return QuantState, (self.absmax, self.nested_absmax, self.offset, self.spec)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], QuantSpec]:
-        """Children with their key names, for jax; every name carries the tag."""
+        """Return the children with their key names, for jax; every name carries the tag."""
         names = ("absmax", "nested_absmax", "offset") if self.spec.nested else ("absmax",)
         key = jax.tree_util.GetAttrKey
         return [(key(with_tag(n, self.spec)), getattr(self, n)) for n in names], self.spec
 
     @classmethod
     def tree_unflatten(cls, spec: QuantSpec, leaves: Iterable[Any]) -> "QuantState":
-        """The inverse, for jax; leaves may be anything."""
+        """Invert `tree_flatten_with_keys`, for jax; leaves may be anything."""
         absmax, *nested = leaves
         nested_absmax, offset = nested if spec.nested else (None, None)
         return cls(absmax, nested_absmax, offset, spec)
@@ -93,7 +94,7 @@ class QuantState:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the weight that was quantized, and of what it dequantizes to."""
+        """Dtype of the weight that was quantized, and of the dequantized weight."""
         return self.spec.dtype
 
     @property
@@ -108,7 +109,7 @@ class QuantState:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """Leading axes, stacked and joint together."""
+        """The leading axes, stacked and joint ones together."""
         shape = tuple(self.absmax.shape)
         return shape[: len(shape) - len(self.spec.absmax_shape)]
 
@@ -122,7 +123,7 @@ class QuantState:
         return f"QuantState({self.spec.tag()}{lead})"
 
     def validate(self) -> None:
-        """ValueError, naming the array, where dtypes or shapes do not fit the spec."""
+        """Raise ValueError, with the array's name, where dtypes or shapes do not fit the spec."""
         spec = self.spec
         _require_array("absmax", self.absmax, spec)
         lead = self.lead
@@ -149,7 +150,7 @@ class QuantState:
             )
 
     def as_dict(self, packed: bool = True) -> dict[str, Any]:
-        """The state as bitsandbytes names it.
+        """Return the state as bitsandbytes' dict.
 
         Args:
           packed: True for arrays only, as in a state dict: the scalars are JSON in a uint8 array
@@ -162,7 +163,7 @@ class QuantState:
         Raises:
           ValueError: the state is stacked and nested: bitsandbytes has one offset a weight.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> _, state = q4jax.quantize_4bit(jnp.ones((2, 64)), quant_type="nf4")
           >>> list(state.as_dict())
@@ -181,13 +182,13 @@ class QuantState:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "QuantState":
-        """The inverse of `as_dict`, for both of its forms; keys may carry one common prefix.
+        """Invert `as_dict`, for both of its forms; keys may have one common prefix.
 
         Raises:
           ValueError: keys are missing, unknown or given twice; a value is of the wrong type; an
             array does not fit the shape; a table is not the standard one.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> _, state = q4jax.quantize_4bit(jnp.ones((2, 64)), quant_type="nf4")
           >>> q4jax.QuantState.from_dict(state.as_dict())
@@ -214,9 +215,32 @@ def _check_array(
         )
 
 
-def check_packed(packed: Array, state: QuantState) -> None:
-    """ValueError where the codes do not fit the state, or the state does not fit itself."""
+def unpack_weight(packed: Any, state: QuantState | None = None) -> tuple[Array, QuantState]:
+    """Return the codes and the state of a weight in either form, checked to fit each other.
+
+    Args:
+      packed: uint8 codes, or a `Params4bit`, which stands for both arguments.
+      state: the codes' state.
+
+    Raises:
+      TypeError: neither a Params4bit nor codes with their QuantState.
+      ValueError: codes that are not uint8, or arrays that do not fit the state.
+    """
+    if hasattr(packed, "quant_state"):
+        if state is not None:
+            raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
+        packed, state = packed.packed, packed.quant_state
+    if not isinstance(state, QuantState):
+        raise TypeError(
+            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
+        )
     _require_array("absmax", state.absmax, state.spec)
     _require_array("packed", packed, state.spec)
     _check_array("packed", packed, jnp.uint8, state.lead, state.spec)
     state.validate()
+    return packed, state
+
+
+def weight_arrays(packed: Array, state: QuantState) -> WeightArrays:
+    """Return the arrays of a weight, as the implementations take them."""
+    return WeightArrays(packed, state.absmax, state.nested_absmax, state.offset)

@@ -1,1 +1,1 @@
-"""What the GPU implementations share: PTX decoding, tile sizes, CUDA-only calls."""
+"""Code shared by the GPU implementations: PTX decoding, tile sizes, CUDA-only calls."""

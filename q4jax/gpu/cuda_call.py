@@ -1,4 +1,4 @@
-"""A primitive around a kernel: lowered for CUDA without noise, refused elsewhere in one line.
+"""A primitive around a kernel that is lowered for CUDA only; elsewhere it is refused in one line.
 
 The platform is judged when a program is lowered, so that a machine without a GPU can compile for
 one. The kernel itself is traced then, too.
@@ -20,7 +20,7 @@ _kernel_p.multiple_results = True
 
 
 def kernel_call(name: str, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
-    """`function(*args, **static)`, where the program is compiled for CUDA.
+    """Call `function(*args, **static)` in programs that are compiled for CUDA.
 
     Args:
       name: the implementation's, for the refusal.
@@ -40,7 +40,7 @@ def kernel_call(name: str, function: Callable[..., Any], *args: Any, **static: A
 
 @dataclasses.dataclass(frozen=True)
 class _Flat:
-    """A function of arrays that gives a list of arrays; mapped over an axis for each `in_axes`."""
+    """A function from arrays to a list of arrays, mapped over an axis for each `in_axes`."""
 
     function: Callable[..., Any]
     static: tuple[tuple[str, Any], ...]
@@ -48,7 +48,7 @@ class _Flat:
     axes: tuple[tuple[int | None, ...], ...] = ()
 
     def whole(self, *leaves: Array) -> Any:
-        """The function's own result."""
+        """Call the function and return its result as it is."""
 
         def call(*leaves: Array) -> Any:
             return self.function(*jax.tree.unflatten(self.tree, leaves), **dict(self.static))
@@ -61,7 +61,7 @@ class _Flat:
         return jax.tree.leaves(self.whole(*leaves))
 
     def mapped(self, in_axes: tuple[int | None, ...]) -> "_Flat":
-        """Over one more axis."""
+        """Return the function mapped over one more axis."""
         return dataclasses.replace(self, axes=(*self.axes, in_axes))
 
 
@@ -82,7 +82,7 @@ def _struct(array: Any) -> jax.ShapeDtypeStruct:
 
 @functools.lru_cache(maxsize=512)
 def _results(call: _Flat, operands: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    """Shapes and dtypes of what the function returns; to find them the kernel is traced."""
+    """Trace the function for the shapes and dtypes of its results."""
     return jax.eval_shape(call.whole, *operands)
 
 

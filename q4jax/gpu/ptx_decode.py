@@ -1,7 +1,8 @@
-"""How a GPU decodes 4-bit weights: the PTX, and beside each piece its meaning in jax.numpy.
+"""The PTX by which GPU kernels decode 4-bit weights, each piece beside its jax.numpy reference.
 
-Nothing here knows of a kernel language. A front end needs only a way to run PTX on each element
-of int32 and float32 tiles (`ptx.inline` in Pallas, `tl.inline_asm_elementwise` in Triton).
+It does not depend on a kernel language. A front end needs only a way to run PTX on each element
+of int32 and float32 tiles: `inline_ptx.inline_asm` in Pallas, `tl.inline_asm_elementwise` in
+Triton.
 
 A block's 16 possible values, scale times codebook in float32 and rounded once to the compute
 dtype, are computed once a block: its *table*. A weight then costs a lookup and no arithmetic, and
@@ -30,7 +31,7 @@ _CONVERT = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 
 
 def table_count(dtype: DTypeLike) -> int:
-    """Tables that a weight of this dtype takes: one for each 16 bits."""
+    """The number of tables for weights of this dtype: one for each 16 bits."""
     return np.dtype(dtype).itemsize // 2
 
 
@@ -81,25 +82,25 @@ def pair_asm(byte: int) -> str:
 
 
 SCALE_ASM = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
-"""PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice; it means
-`blockwise.scale`."""
+"""PTX: an entry of the 8-bit map, its nested scale, the offset -> a scale, rounded twice. Its
+reference is `blockwise.scale`."""
 
 RECIPROCAL_ASM = "rcp.rn.f32 $0, $1;"
 """PTX: 1 / x, rounded correctly, as Triton's own division is not."""
 
 DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
-"""PTX: x / y, rounded correctly; it means `blockwise.divide`."""
+"""PTX: x / y, rounded correctly; its reference is `blockwise.divide`."""
 
 
 def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
-    """The meaning of `table_word_asm`: int32 like `scale`."""
+    """The reference of `table_word_asm`: int32 like `scale`."""
     entries = scale[..., None] * codebooks.CODEBOOKS[quant_type].values[word % 4 * 4 :][:4]
     entries = lax.bitcast_convert_type(entries.astype(dtype), jnp.uint8)  # [..., 4, itemsize]
     return lax.bitcast_convert_type(entries[..., 2 * part + word // 4], jnp.int32)
 
 
 def pair(byte: int, codes: Array, *table: Array) -> Array:
-    """The meaning of `pair_asm`: int32 like `codes`."""
+    """The reference of `pair_asm`: int32 like `codes`."""
     entries = lax.bitcast_convert_type(jnp.stack(table, -1), jnp.uint8)  # [..., 8, 4]
     low, high = jnp.unstack(entries.reshape(*codes.shape, 2, 16), axis=-2)
     nibbles = np.array([8 * byte + 4, 8 * byte], np.int32)

@@ -1,4 +1,4 @@
-"""What the GPU kernels need: Pallas's Triton backend, a GPU of its time, rows of whole blocks."""
+"""The requirements of the GPU kernels: Pallas's Triton backend, the GPU, rows of whole blocks."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from q4jax.core.spec import QuantSpec
 
 @functools.cache
 def triton(implementation: str = "pallas") -> Any:
-    """The module `jax.experimental.pallas.triton`.
+    """Return the module `jax.experimental.pallas.triton`.
 
     Args:
       implementation: which one asks, for the error.
@@ -29,7 +29,7 @@ def triton(implementation: str = "pallas") -> Any:
 
 
 def check_rows(implementation: str, spec: QuantSpec) -> None:
-    """NotImplementedError where blocks cross rows."""
+    """Raise NotImplementedError where blocks cross rows."""
     if not spec.in_rows:
         raise NotImplementedError(
             f"implementation={implementation!r} needs rows that are whole blocks; the last axis of "
@@ -38,7 +38,7 @@ def check_rows(implementation: str, spec: QuantSpec) -> None:
 
 
 def check_devices(implementation: str = "pallas") -> None:
-    """NotImplementedError where a GPU that is visible is older than Ampere (sm_80).
+    """Raise NotImplementedError where a visible GPU is older than Ampere (sm_80).
 
     Args:
       implementation: which one asks, for the error.

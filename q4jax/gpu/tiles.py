@@ -1,4 +1,4 @@
-"""Sizes of tiles, from a table."""
+"""Tile sizes of the GPU kernels, from a table."""
 
 import contextlib
 import contextvars
@@ -14,12 +14,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program works on, and with what.
+    """The sizes of one program's work. All but `stages` and `splits` are powers of two.
 
     Attributes:
-      m, n, k: rows of x, rows of the weight, columns of the weight; powers of two.
-      warps: of a program.
-      stages: of the software pipeline.
+      m: rows of x.
+      n: rows of the weight.
+      k: columns of the weight.
+      warps: warps of a program.
+      stages: stages of the software pipeline.
       splits: programs that share the sum over one tile of the result.
     """
 
@@ -41,10 +43,9 @@ def _table() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def override(tile: Tile) -> Iterator[None]:
-    """Within it, and within this thread, every product that is traced takes this tile.
+    """Have every product that this thread traces inside take a tile; for tuning.
 
-    Only its `splits` are chosen as ever. This is for measuring: what `jit` has traced before keeps
-    the tile it was traced with.
+    Its `splits` are still chosen for the shape. Programs that `jit` traced before keep their tile.
     """
     token = _tried.set(tile)
     try:
@@ -54,36 +55,36 @@ def override(tile: Tile) -> Iterator[None]:
 
 
 def verified() -> tuple[str, ...]:
-    """Kinds of GPUs on which the kernels have been seen to be right; docs/gpu.md has the ledger."""
+    """The device kinds on which the kernels were verified; docs/gpu.md has the ledger."""
     return tuple(_table()["verified"])
 
 
-def crossover(operation: str, dtype: Any) -> int:
+def crossover(op: str, dtype: Any) -> int:
     """The largest M at which the kernel is faster than dequantizing and a dense product."""
-    return _table()["crossover"][operation][_dtype_class(dtype)]
+    return _table()["crossover"][op][_dtype_class(dtype)]
 
 
 def _dtype_class(dtype: Any) -> str:
     return "float32" if np.dtype(dtype).itemsize == 4 else "16 bits"
 
 
-def choose(operation: str, m: int, shape: tuple[int, ...], dtype: Any) -> Tile:
-    """The tile for a product of M rows with a weight [N, K].
+def choose(m: int, shape: tuple[int, ...], dtype: Any, *, transpose: bool) -> Tile:
+    """Choose the tile for a product of M rows with a weight [N, K].
 
     Args:
-      operation: "linear" or "transposed".
       m: rows of the activation.
-      shape: of the weight.
+      shape: shape of the weight.
       dtype: the compute dtype.
+      transpose: whether the product is `g @ W` instead of `x @ W.T`.
     """
-    rows = _table()[operation][_dtype_class(dtype)]
+    rows = _table()["linear_transpose" if transpose else "linear"][_dtype_class(dtype)]
     _, *sizes = next((row for row in rows if m <= row[0]), rows[-1])
     tile = _tried.get() or Tile(*sizes)
     n, k = shape
-    if operation == "linear":
-        programs, steps = -(-m // tile.m) * -(-n // tile.n), -(-k // tile.k)
-    else:
-        programs, steps = -(-m // tile.m) * -(-k // tile.k), -(-n // tile.n)
+    across, steps = -(-n // tile.n), -(-k // tile.k)
+    if transpose:
+        across, steps = steps, across
+    programs = -(-m // tile.m) * across
     splits = max(1, min(_table()["programs"] // programs, steps // _table()["steps"]))
     # As many as have something to do.
     return dataclasses.replace(tile, splits=-(-steps // -(-steps // splits)))

@@ -1,4 +1,4 @@
-"""The CPU kernels: C++ that reads 4-bit weights where they lie, called through `jax.ffi`.
+"""The implementation "native": C++ kernels for CPU, called through `jax.ffi`.
 
 They are optional when the package is built, and are used where they were built for this machine:
 `status()` tells. The environment variable `Q4JAX_NATIVE`, read when they are first asked for,

@@ -1,18 +1,16 @@
-"""The kernels as functions on arrays, for CPU only.
+"""The C++ kernels as functions on arrays, for CPU only.
 
 All raise NotImplementedError where the kernels are not in use or do not serve a layout, and
 ValueError for arrays that do not fit each other.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 
 from q4jax.core import codebooks
@@ -30,7 +28,7 @@ def linear(
     quant_type: str,
     blocksize: int,
 ) -> Array:
-    """x @ W.T + bias, accumulated in float32 and rounded once.
+    """Compute x @ W.T + bias, accumulated in float32 and rounded once.
 
     Args:
       x: [M, K], float32, float16 or bfloat16.
@@ -47,10 +45,10 @@ def linear(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
-    return _product("q4jax_linear", quant_type, blocksize)(x, *weight, bias)
+    return _product("q4jax_linear", _static(quant_type, blocksize), x, *weight, bias)
 
 
-def transposed(
+def linear_transpose(
     g: Array,
     packed: Array,
     absmax: Array,
@@ -60,7 +58,7 @@ def transposed(
     quant_type: str,
     blocksize: int,
 ) -> Array:
-    """g @ W, accumulated in float32 and rounded once: `linear`'s gradient with respect to x.
+    """Compute g @ W, accumulated in float32 and rounded once: the gradient of `linear`.
 
     Args:
       g: [M, N], float32, float16 or bfloat16.
@@ -76,7 +74,7 @@ def transposed(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     no_bias = jnp.zeros(0, jnp.float32)
-    return _product("q4jax_transposed", quant_type, blocksize)(g, *weight, no_bias)
+    return _product("q4jax_transposed", _static(quant_type, blocksize), g, *weight, no_bias)
 
 
 def dequantize(
@@ -89,7 +87,7 @@ def dequantize(
     blocksize: int,
     dtype: Any,
 ) -> Array:
-    """The weight, rounded once to `dtype`.
+    """Decode the weight, rounded once to `dtype`.
 
     Args:
       packed: as for `linear`.
@@ -109,7 +107,7 @@ def dequantize(
 
 
 def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array]:
-    """Codes and plain scales of a whole weight, as `blockwise.quantize_flat` has them.
+    """Quantize a weight of any shape, like `blockwise.quantize_flat`.
 
     Args:
       w: any shape, not empty; float32, float16 or bfloat16.
@@ -127,8 +125,8 @@ def quantize(w: Array, *, quant_type: str, blocksize: int) -> tuple[Array, Array
     return packed, absmax
 
 
-def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
-    """Double quantization of float32 scales, as `blockwise.compress` has it.
+def double_quantize(absmax: Array) -> tuple[Array, Array, Array]:
+    """Quantize float32 scales to 8 bits, like `blockwise.double_quantize`.
 
     Args:
       absmax: float32, any shape, not empty.
@@ -147,7 +145,7 @@ def quantize_scales(absmax: Array) -> tuple[Array, Array, Array]:
 
 
 def _require(condition: bool, what: str) -> None:
-    """NotImplementedError where the kernels are not in use or the condition does not hold."""
+    """Raise NotImplementedError where the kernels are not in use or `condition` is false."""
     status = library.status()
     if status.isa is None:
         raise NotImplementedError(f"implementation='native' is not in use: {status.reason}")
@@ -156,7 +154,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _weight(packed, absmax, nested_absmax, offset, blocksize):
-    """The operands that stand for a weight. What is not there is empty: their number is fixed."""
+    """Return a weight's operands, whose number is fixed: those of plain scales are empty."""
     _require(packed.ndim == 2, "a weight in flat layout, whose rows are not whole blocks")
     n, k = packed.shape[0], packed.shape[1] * 2
     _require(n > 0 and k > 0 and k % blocksize == 0, f"[{n}, {k}] in blocks of {blocksize}")
@@ -167,44 +165,24 @@ def _weight(packed, absmax, nested_absmax, offset, blocksize):
     return packed, absmax, nested_absmax, offset
 
 
-@functools.cache
-def _product(target: str, quant_type: str, blocksize: int) -> Callable[..., Array]:
-    """The product; where `vmap` batches only x, its batch becomes rows."""
-    static = _static(quant_type, blocksize)
-
-    @custom_vmap
-    def product(x, packed, *rest):
-        n, k = packed.shape[0], packed.shape[1] * 2
-        inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
-        if x.ndim != 2 or x.shape[1] != inner:
-            raise ValueError(
-                f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}"
-            )
-        result = ((x.shape[0], outer), x.dtype)
-        return _call(target, [result], x, packed, *rest, **static)[0]
-
-    @product.def_vmap
-    def batched(size, is_batched, x, *rest):
-        if not any(is_batched[1:]):
-            y = product(x.reshape(-1, x.shape[-1]), *rest)
-            return y.reshape(*x.shape[:-1], y.shape[-1]), True
-        operands = (x, *rest)
-
-        def one(i):
-            return product(*(a[i] if b else a for a, b in zip(operands, is_batched, strict=True)))
-
-        return lax.map(one, jnp.arange(size)), True
-
-    return product
+def _product(
+    target: str, static: dict[str, np.int64], x: Array, packed: Array, *rest: Array
+) -> Array:
+    n, k = packed.shape[0], packed.shape[1] * 2
+    inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
+    if x.ndim != 2 or x.shape[1] != inner:
+        raise ValueError(f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}")
+    result = ((x.shape[0], outer), x.dtype)
+    return _call(target, [result], x, packed, *rest, **static)[0]
 
 
 def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:
-    number = list(codebooks.CODEBOOKS).index(quant_type)
+    number = library.quant_type_number(quant_type)
     return {"quant_type": np.int64(number), "blocksize": np.int64(blocksize)}
 
 
 def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> Sequence[Array]:
-    """The custom call; inside `jax.shard_map` all operands must vary over the same axes."""
+    """Call a kernel; inside `jax.shard_map` all operands must vary over the same axes."""
     axes: set[Any] = set().union(*(_varying(a) for a in operands))
     operands = tuple(
         lax.pcast(a, tuple(axes - _varying(a)), to="varying") if axes - _varying(a) else a
@@ -219,5 +197,5 @@ def _call(target: str, results: Any, *operands: Array, **static: np.int64) -> Se
 
 
 def _varying(array: Array) -> frozenset[Any]:
-    """The axes of a surrounding `jax.shard_map` over which it differs."""
+    """Return the axes of a surrounding `jax.shard_map` over which an array varies."""
     return jax.typeof(array).mat.varying

@@ -1,8 +1,4 @@
-"""The implementation "native": the operations by the CPU kernels.
-
-`always` serves whatever the kernels can; `where_faster` only what measured faster than XLA, by
-table.json, and is what `implementation=None` takes on CPU.
-"""
+"""The implementation "native": the ops by the C++ kernels, on CPU."""
 
 import functools
 import importlib.resources
@@ -14,74 +10,60 @@ from jax import Array
 
 from q4jax.core.blockwise import WeightArrays, in_layout
 from q4jax.core.spec import QuantSpec
-from q4jax.native import calls as ops
-from q4jax.native import library
+from q4jax.native import calls, library
 
 
-class Always:
-    """The operations as `q4jax.implementations` describes them.
+class Native:
+    """The ops by the C++ kernels.
 
-    Raises:
-      NotImplementedError: each of them, for a weight whose rows are not whole blocks (`quantize`
-        serves these too), and where the kernels are not in use.
+    Each raises NotImplementedError for a weight whose rows are not whole blocks (`quantize` serves
+    these too), and where the kernels are not in use.
     """
 
+    name = "native"
+
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Codes and plain scales, in the spec's layout."""
-        self._check("quantize", w.dtype, None)
-        packed, absmax = ops.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
+        """Return the codes and plain scales of `w`, in the spec's layout."""
+        packed, absmax = calls.quantize(w, quant_type=spec.quant_type, blocksize=spec.blocksize)
         return in_layout(w.shape, packed, absmax, spec)
 
-    def compress(self, absmax: Array) -> tuple[Array, Array, Array]:
-        """Double quantization: codes of the scales, one scale for each 256 of them, the offset."""
-        self._check("compress", absmax.dtype, None)
-        return ops.quantize_scales(absmax)
+    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
+        """Return the 8-bit codes, nested scales and offset of plain scales."""
+        return calls.double_quantize(absmax)
 
     def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
-        """The weight in its full shape."""
-        self._check("dequantize", dtype, None)
+        """Return the weight in its full shape."""
         if not spec.in_rows or (arrays.offset is not None and arrays.offset.ndim):
             raise NotImplementedError(f"implementation='native' does not serve {spec.tag()}")
         rows = arrays._replace(
             packed=arrays.packed.reshape(-1, arrays.packed.shape[-1]),
             absmax=arrays.absmax.reshape(-1, arrays.absmax.shape[-1]),
         )
-        w = ops.dequantize(*rows, quant_type=spec.quant_type, blocksize=spec.blocksize, dtype=dtype)
+        static: dict[str, Any] = {"quant_type": spec.quant_type, "blocksize": spec.blocksize}
+        w = calls.dequantize(*rows, **static, dtype=dtype)
         return w.reshape(*arrays.packed.shape[:-1], w.shape[-1])
 
     def linear(
         self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
     ) -> Array:
-        """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
-        self._check("linear", x.dtype, x.shape[0])
-        return ops.linear(x, *arrays, bias, quant_type=spec.quant_type, blocksize=spec.blocksize)
+        """Return `x @ W.T + bias`."""
+        return calls.linear(x, *arrays, bias, quant_type=spec.quant_type, blocksize=spec.blocksize)
 
-    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
-        """`g @ W`: [M, N] -> [M, K] in g's dtype."""
-        self._check("transposed", g.dtype, g.shape[0])
-        return ops.transposed(g, *arrays, quant_type=spec.quant_type, blocksize=spec.blocksize)
+    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+        """Return `g @ W`."""
+        static: dict[str, Any] = {"quant_type": spec.quant_type, "blocksize": spec.blocksize}
+        return calls.linear_transpose(g, *arrays, **static)
 
-    def _check(self, operation: str, dtype: Any, m: int | None) -> None:
-        """Nothing to refuse beyond what the kernels cannot do."""
-
-
-class WhereFaster(Always):
-    """The same, with NotImplementedError where XLA is faster."""
-
-    def _check(self, operation: str, dtype: Any, m: int | None) -> None:
+    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
+        """Return whether tuning.json says that the kernels are faster than XLA."""
         isa = library.status().isa
         if isa is None:
-            return  # the operation says why
-        largest = _table().get(isa, {}).get(operation, {}).get(np.dtype(dtype).name, -1)
-        if largest is not None and (largest < 0 or (m or 0) > largest):
-            raise NotImplementedError(f"XLA is faster at {operation} with {isa}")
+            return False
+        most_rows = _table().get(isa, {}).get(op, {}).get(np.dtype(dtype).name, -1)
+        return most_rows is None or (most_rows >= 0 and (rows or 0) <= most_rows)
 
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, int | None]]]:
-    """isa -> operation -> dtype -> largest M that it is faster for; null: for any."""
+    """ISA -> op -> dtype -> the most rows for which the kernels are faster; null for any number."""
     return json.loads(importlib.resources.files(__package__).joinpath("tuning.json").read_text())
-
-
-always = Always()
-where_faster = WhereFaster()

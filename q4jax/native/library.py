@@ -1,4 +1,4 @@
-"""Finds the shared library, checks that this JAX accepts it, and registers its functions."""
+"""The shared library of the C++ kernels: find it, check that this JAX accepts it, register it."""
 
 import contextlib
 import ctypes
@@ -29,12 +29,12 @@ _LOCK = threading.Lock()
 
 
 class Status(NamedTuple):
-    """What of the CPU kernels is in use.
+    """Whether the CPU kernels are in use.
 
     Attributes:
       isa: the instruction set that the kernels use, "avx512_bf16", "avx512", "avx2", "neon" or
-        "portable"; None: they are not used.
-      reason: why.
+        "portable"; None where they are not in use.
+      reason: why it is in use, or why none is.
       available: the instruction sets of this machine that they were built for, best first.
     """
 
@@ -44,13 +44,13 @@ class Status(NamedTuple):
 
 
 class _Unusable(Exception):
-    """The message says why."""
+    """The library cannot be used, for the reason in the message."""
 
 
 def status() -> Status:
-    """Whether the CPU kernels are in use, which instruction set they use, and why.
+    """Return whether the CPU kernels are in use, with which instruction set, and why.
 
-    Example:
+    Examples:
       >>> import q4jax.native
       >>> q4jax.native.status().reason != ""
       True
@@ -60,8 +60,8 @@ def status() -> Status:
 
 
 @contextlib.contextmanager
-def forced(isa: str) -> Iterator[None]:
-    """Has all kernels use an instruction set of `status().available`, in every thread.
+def use_isa(isa: str) -> Iterator[None]:
+    """Run all kernels with an instruction set of `status().available`, in every thread.
 
     Raises:
       ValueError: it is not one of them.
@@ -77,7 +77,7 @@ def forced(isa: str) -> Iterator[None]:
 
 
 def _names(library: ctypes.CDLL | None) -> tuple[str, ...]:
-    """The instruction sets that a loaded library has for this machine, best first."""
+    """Return the instruction sets that a library has for this machine, best first."""
     names: list[str] = []
     while library is not None and (name := library.q4jax_isa(len(names))) is not None:
         names.append(name.decode())
@@ -106,27 +106,30 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
 
 
 def _open() -> ctypes.CDLL:
-    """The library, declared and with its tables set."""
+    """Load the library, declare its functions and set its tables."""
     if not LIBRARY.exists():
         raise _Unusable(f"it was not built: there is no {LIBRARY.name} in {LIBRARY.parent}")
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise _Unusable(f"it cannot be loaded: {error}") from error
-    library.q4jax_set_tables.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
-    library.q4jax_set_tables.restype = ctypes.c_bool
+    library.q4jax_set_scale_table.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.q4jax_set_scale_table.restype = ctypes.c_bool
+    library.q4jax_add_code_table.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.q4jax_add_code_table.restype = ctypes.c_int64
     library.q4jax_select.argtypes = [ctypes.c_char_p]
     library.q4jax_select.restype = ctypes.c_bool
     library.q4jax_isa.restype = ctypes.c_char_p
     check_version((library.q4jax_api_major(), library.q4jax_api_minor()), accepted_version())
-    data = tables()
-    if not library.q4jax_set_tables(data, len(data)):
+    data = scale_table()
+    if not library.q4jax_set_scale_table(data, len(data)):
         raise _Unusable("it was built from other sources than this Python code")
+    _add_code_tables(library)
     return library
 
 
 def accepted_version() -> tuple[int, int] | None:
-    """(major, minor) of the interface that this jaxlib has, from its own headers; None: unknown."""
+    """Read (major, minor) of XLA's interface from jaxlib's headers; None if it is unknown."""
     try:
         text = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
     except OSError:
@@ -137,7 +140,7 @@ def accepted_version() -> tuple[int, int] | None:
 
 
 def check_version(built: tuple[int, int], accepted: tuple[int, int] | None) -> None:
-    """Raises where JAX would refuse the library: registering one disables its whole CPU backend."""
+    """Raise where JAX would refuse the library, which would disable its CPU backend."""
     if accepted is None:
         raise _Unusable(f"jaxlib {_jaxlib()} does not say which interface it accepts")
     if built[0] != accepted[0] or built[1] > accepted[1]:
@@ -151,11 +154,41 @@ def _jaxlib() -> str:
     return importlib.metadata.version("jaxlib")
 
 
-def tables() -> bytes:
-    """The numbers of the formats, as `Tables` in src/problem.h has them."""
-    books = codebooks.CODEBOOKS.values()
-    arrays = [book.values for book in books]
-    arrays += [book.thresholds for book in books]
-    arrays += [book.sorted_codes for book in books]
-    arrays += [codebooks.DYNAMIC_MAP, codebooks.DYNAMIC_THRESHOLDS]
+def quant_type_number(quant_type: str) -> int:
+    """Return the number by which the library knows a quant type, and add its table if it is new.
+
+    Raises:
+      NotImplementedError: the library has no room for another quant type.
+    """
+    with _LOCK:
+        library = _load()[0]
+        assert library is not None  # the caller asked `status`
+        _add_code_tables(library)
+    if _numbers[quant_type] < 0:
+        raise NotImplementedError(f"implementation='native' has no room for {quant_type!r}")
+    return _numbers[quant_type]
+
+
+_numbers: dict[str, int] = {}
+
+
+def _add_code_tables(library: ctypes.CDLL) -> None:
+    # In the order of CODEBOOKS, since the numbers are in compiled programs.
+    for name, book in codebooks.CODEBOOKS.items():
+        if name not in _numbers:
+            data = code_table(book)
+            _numbers[name] = library.q4jax_add_code_table(data, len(data))
+
+
+def code_table(book: codebooks.Codebook) -> bytes:
+    """The tables of a quant type, as `CodeTable` in src/kernel_args.h has them."""
+    return _bytes(book.values, book.thresholds, book.sorted_codes)
+
+
+def scale_table() -> bytes:
+    """The tables of the scales' 8-bit format, as `ScaleTable` in src/kernel_args.h has them."""
+    return _bytes(codebooks.DYNAMIC_MAP, codebooks.DYNAMIC_THRESHOLDS)
+
+
+def _bytes(*arrays: np.ndarray) -> bytes:
     return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)

@@ -1,5 +1,6 @@
-"""Rows of a 4-bit table: what an embedding needs, without decoding the rest."""
+"""Embedding lookup: rows of a 4-bit table, without decoding the others."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.core.spec import float_dtype
+from q4jax.core import blockwise
+from q4jax.core.blockwise import WeightArrays
+from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.ops.params import Params4bit, as_params4bit
-from q4jax.ops.weight_sharding import Operation
-from q4jax.sharding import partition
+from q4jax.ops.weight_sharding import WeightAxes, local_weight
+from q4jax.sharding.axes import AxisLabels, batch_labels
+from q4jax.sharding.op import Shard, ShardedOp
+from q4jax.sharding.partition import run
 
 
 def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
-    """`dequantize_4bit(weight)[ids]`, decoding only the rows asked for.
+    """Return `dequantize_4bit(weight)[ids]`, decoding only the rows with these ids.
 
     Args:
       weight: a 2-D table `[rows, features]`.
-      ids: integers of any shape; one out of range gives NaN, as `jnp.take` does.
-      dtype: dtype of the result; None: the dtype the table was quantized from.
+      ids: integers of any shape; an id out of range gives NaN, as in `jnp.take`.
+      dtype: dtype of the result; None takes the dtype that the table was quantized from.
 
     Returns:
       `[*ids.shape, features]`.
@@ -34,16 +39,49 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
         raise ValueError(f"take_rows: quant_state.shape must be 2D, got {list(state.shape)}")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
-    dtype = state.dtype if dtype is None else float_dtype(dtype)
-    return _take(weight, ids, dtype)
+    return _take(weight, ids, state.dtype if dtype is None else float_dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _take(weight: Params4bit, ids: Array, dtype: np.dtype[Any]) -> Array:
     spec = weight.quant_state.spec
-    rows = spec.shape[0]
-    ids = jnp.where(ids < 0, ids + rows, ids)
-    inside = (ids >= 0) & (ids < rows)
-    operation = Operation("rows", None, spec, dtype)
-    (found,) = partition.run(operation, jnp.where(inside, ids, 0), weight.arrays)
-    return jnp.where(inside[..., None], found, jnp.nan)
+    count = spec.shape[0]
+    ids = jnp.where(ids < 0, ids + count, ids)
+    inside = (ids >= 0) & (ids < count)
+    (rows,) = run(TakeRows(spec, dtype), jnp.where(inside, ids, 0), weight.arrays)
+    return jnp.where(inside[..., None], rows, jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeRows(ShardedOp):
+    """Rows of a table: operands `(ids, arrays)`, with ids within the table.
+
+    Attributes:
+      spec: the table's description.
+      dtype: dtype of the result.
+    """
+
+    name, contraction, weight_operand, extra_rows = "take_rows", "out", 1, True
+    spec: QuantSpec
+    dtype: np.dtype[Any]
+
+    @property
+    def weight_name(self) -> str:
+        """The table's tag."""
+        return self.spec.tag()
+
+    def axes(self, ids: Array, arrays: WeightArrays) -> tuple[Any, tuple[AxisLabels, ...]]:
+        """Label the ids, the table and the rows."""
+        table = WeightAxes.from_arrays(self.spec, arrays)
+        batch = batch_labels(ids.shape)
+        return (batch, table.arrays), ((*batch, table.weight[-1]),)
+
+    def local(self, shard: Shard, ids: Array, arrays: WeightArrays) -> tuple[Array, ...]:
+        """Take the rows that this device has, and add those of the others."""
+        arrays, spec = local_weight(shard, arrays, self.spec)
+        if not shard.axes("out"):
+            return (blockwise.take_rows(arrays, ids, spec, self.dtype),)
+        own = ids - shard.first_index("out", spec.shape[0])
+        inside = (own >= 0) & (own < spec.shape[0])
+        rows = blockwise.take_rows(arrays, jnp.where(inside, own, 0), spec, self.dtype)
+        return (shard.sum(jnp.where(inside[..., None], rows, 0), "out"),)  # one part is not zero

@@ -1,31 +1,38 @@
-"""`matmul_4bit`: x @ W.T for a 4-bit W, differentiable in x and bias."""
+"""`matmul_4bit`: x @ W.T for a 4-bit W, differentiable in x and bias; its ops and its VJP."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import float_dtype
-from q4jax.core.state import QuantState
-from q4jax.ops import registry as implementations
-from q4jax.ops.params import Params4bit, as_params4bit
-from q4jax.ops.weight_sharding import Operation
-from q4jax.sharding import partition
-from q4jax.sharding.partition import Lies
+from q4jax.core.state import QuantState, unpack_weight, weight_arrays
+from q4jax.ops.registry import Implementation, check_name
+from q4jax.ops.weight_op import WeightOp
+from q4jax.ops.weight_sharding import WeightAxes, local_weight
+from q4jax.sharding.axes import REPLICATED, AxisLabels, ExplicitSharding, batch_labels
+from q4jax.sharding.op import Shard
+from q4jax.sharding.partition import run
 from q4jax.sharding.residual import outputs_are_whole
+
+if TYPE_CHECKING:
+    from q4jax.ops.params import Params4bit
 
 
 def matmul_4bit(
     x: Array,
-    packed: Array | Params4bit,
+    packed: "Array | Params4bit",
     state: QuantState | None = None,
     bias: Array | None = None,
     *,
     implementation: str | None = None,
 ) -> Array:
-    """`x @ W.T + bias`, without W in memory where the platform allows it.
+    """Compute `x @ W.T + bias`, without W in memory where the platform allows it.
 
     W is decoded in float32 and rounded once to x's dtype; products are accumulated in float32,
     the bias is added in float32, and the sum is rounded once. The backward pass uses the same
@@ -51,7 +58,7 @@ def matmul_4bit(
       TypeError: state is missing, or x is a 4-bit weight.
       NotImplementedError: the named implementation cannot serve the call.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> w = jax.random.normal(jax.random.key(0), (128, 256))
       >>> packed, state = q4jax.quantize_4bit(w, quant_type="nf4")
@@ -60,10 +67,10 @@ def matmul_4bit(
       >>> y.shape, y.dtype.name
       ((3, 5, 128), 'bfloat16')
     """
-    if isinstance(x, Params4bit):
+    if hasattr(x, "quant_state"):
         raise TypeError(f"matmul_4bit(x, weight): x is the weight, {x!r}; swap the two")
-    weight = as_params4bit(packed, state)
-    shape = weight.quant_state.shape
+    packed, state = unpack_weight(packed, state)
+    shape = state.shape
     if len(shape) != 2:
         raise ValueError(f"matmul_4bit: quant_state.shape must be 2D [N, K], got {list(shape)}")
     n, k = shape
@@ -74,57 +81,126 @@ def matmul_4bit(
         float_dtype(getattr(bias, "dtype", type(bias).__name__), "bias.dtype")
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {bias.shape}")
-    how = _How(implementations.resolve(implementation), outputs_are_whole())
-    return _matmul(how, x, weight, bias)
+    op = Linear(state.spec, check_name(implementation), outputs_are_whole())
+    return _linear_jit(op, x, weight_arrays(packed, state), bias)
 
 
-class _How(NamedTuple):
-    """What is static in a product."""
+@dataclasses.dataclass(frozen=True)
+class Linear(WeightOp):
+    """`x @ W.T + bias`: operands `(x [..., K], arrays, bias [N] or None)`, result `[..., N]`.
 
-    implementation: str | None
-    whole: bool  # as in `Operation`
+    Attributes:
+      gather_outputs: whether to all-gather the result's features where the weight's output axis
+        is sharded.
+    """
+
+    name, contraction, weight_operand, extra_rows = "linear", "in", 1, True
+    gather_outputs: bool
+
+    def axes(
+        self, x: Array, arrays: WeightArrays, bias: Array | None
+    ) -> tuple[Any, tuple[AxisLabels, ...]]:
+        """Label x, the weight, the bias and the result."""
+        weight = WeightAxes.from_arrays(self.spec, arrays)
+        rows, columns = weight.weight[-2:]
+        batch = batch_labels(x.shape[:-1])
+        operands = (*batch, columns), weight.arrays, None if bias is None else (rows,)
+        return operands, ((*batch, REPLICATED if self.gather_outputs else rows),)
+
+    def profile(self, x: Array, *weight: Any) -> tuple[np.dtype[Any], int | None]:
+        """The dtype and the rows of x."""
+        return _profile(x)
+
+    def compute(
+        self,
+        shard: Shard,
+        implementation: Implementation,
+        x: Array,
+        arrays: WeightArrays,
+        bias: Array | None,
+    ) -> tuple[Array, ...]:
+        """Multiply by this device's part of the weight, and sum or gather what is sharded."""
+        arrays, spec = local_weight(shard, arrays, self.spec)
+        summed = bool(shard.axes("in"))
+        rows = x.reshape(-1, x.shape[-1])
+        y = implementation.linear(rows, arrays, None if summed else bias, spec=spec)
+        y = shard.sum(y, "in")
+        if summed and bias is not None:  # once, not in each part
+            y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+        if self.gather_outputs and shard.axes("out"):
+            y = lax.all_gather(y, shard.axes("out"), axis=1, tiled=True)
+        return (y.reshape(*x.shape[:-1], y.shape[-1]),)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _matmul(how: _How, x: Array, weight: Params4bit, bias: Array | None) -> Array:
-    return _linear(how, x, weight, bias)
+@dataclasses.dataclass(frozen=True)
+class LinearTranspose(WeightOp):
+    """`g @ W`, the transpose of `Linear`: operands `(g [..., N], arrays)`, result `[..., K]`.
+
+    Attributes:
+      gather_outputs: that of the `Linear`.
+    """
+
+    name, contraction, weight_operand, extra_rows = "linear_transpose", "out", 1, True
+    gather_outputs: bool
+
+    def axes(self, g: Array, arrays: WeightArrays) -> tuple[Any, tuple[AxisLabels, ...]]:
+        """Label g, the weight and the result."""
+        weight = WeightAxes.from_arrays(self.spec, arrays)
+        rows, columns = weight.weight[-2:]
+        batch = batch_labels(g.shape[:-1])
+        return ((*batch, rows), weight.arrays), ((*batch, columns),)
+
+    def profile(self, g: Array, arrays: WeightArrays) -> tuple[np.dtype[Any], int | None]:
+        """The dtype and the rows of g."""
+        return _profile(g)
+
+    def compute(
+        self, shard: Shard, implementation: Implementation, g: Array, arrays: WeightArrays
+    ) -> tuple[Array, ...]:
+        """Multiply by this device's part of the weight, and sum over the parts."""
+        arrays, spec = local_weight(shard, arrays, self.spec)
+        dx = implementation.linear_transpose(g.reshape(-1, g.shape[-1]), arrays, spec=spec)
+        return (shard.sum(dx, "out").reshape(*g.shape[:-1], dx.shape[-1]),)
+
+
+def _profile(activation: Array) -> tuple[np.dtype[Any], int]:
+    return activation.dtype, activation.size // activation.shape[-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(how: _How, x: Array, weight: Params4bit, bias: Array | None) -> Array:
-    """[..., K] -> [..., N] in x's dtype."""
-    operation = Operation("linear", how.implementation, weight.quant_state.spec, whole=how.whole)
-    return partition.run(operation, x, weight.arrays, bias)[0]
+def _linear(op: Linear, x: Array, arrays: WeightArrays, bias: Array | None) -> Array:
+    return run(op, x, arrays, bias)[0]
 
 
-def _linear_fwd(how, x, weight, bias):
-    return _linear(how, x, weight, bias), (Lies.of(x), weight, bias)
+def _linear_fwd(op, x, arrays, bias):
+    return _linear(op, x, arrays, bias), (ExplicitSharding.from_array(x), arrays, bias)
 
 
-def _linear_bwd(how, saved, g):
-    lies, weight, bias = saved
-    dx = lies.place(_transposed(how, g, weight))
+def _linear_bwd(op, saved, g):
+    sharding, arrays, bias = saved
+    transpose = LinearTranspose(op.spec, op.implementation, op.gather_outputs)
+    dx = sharding.apply(_linear_transpose(transpose, g, arrays))
     if bias is None:
         return dx, None, None
     dbias = g.sum(range(g.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
-    return dx, None, Lies.of(bias).place(dbias)
+    return dx, None, ExplicitSharding.from_array(bias).apply(dbias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed(how: _How, g: Array, weight: Params4bit) -> Array:
-    """[..., N] -> [..., K] in g's dtype: `_linear`'s gradient; its own gradient is `_linear`."""
-    operation = Operation("transposed", how.implementation, weight.quant_state.spec)
-    return partition.run(operation, g, weight.arrays)[0]
+def _linear_transpose(op: LinearTranspose, g: Array, arrays: WeightArrays) -> Array:
+    return run(op, g, arrays)[0]
 
 
-def _transposed_fwd(how, g, weight):
-    return _transposed(how, g, weight), (Lies.of(g), weight)
+def _linear_transpose_fwd(op, g, arrays):
+    return _linear_transpose(op, g, arrays), (ExplicitSharding.from_array(g), arrays)
 
 
-def _transposed_bwd(how, saved, dx):
-    lies, weight = saved
-    return lies.place(_linear(how, dx, weight, None)), None
+def _linear_transpose_bwd(op, saved, dx):
+    sharding, arrays = saved
+    linear = Linear(op.spec, op.implementation, op.gather_outputs)
+    return sharding.apply(_linear(linear, dx, arrays, None)), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
-_transposed.defvjp(_transposed_fwd, _transposed_bwd)
+_linear_transpose.defvjp(_linear_transpose_fwd, _linear_transpose_bwd)
+_linear_jit = jax.jit(_linear, static_argnums=0)

@@ -1,6 +1,5 @@
-"""`Params4bit`: a quantized weight, codes and state, as one pytree."""
+"""`Params4bit`, a quantized weight as one pytree."""
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -10,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from q4jax.core import blockwise
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.codebooks import QuantType
-from q4jax.core.spec import QuantSpec, float_dtype
-from q4jax.core.state import QuantState, check_packed
-from q4jax.ops import registry as implementations
-from q4jax.ops.weight_sharding import Operation
-from q4jax.sharding import partition
+from q4jax.core.spec import QuantSpec
+from q4jax.core.state import QuantState, unpack_weight, weight_arrays
+from q4jax.ops.dequantize import dequantize_4bit
+from q4jax.ops.quantize import quantize_4bit, require_finite
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Params4bit:
-    """A 4-bit weight: what a model holds, and what every function takes for (packed, state).
+    """A 4-bit weight as one pytree; every function takes it in the place of (packed, state).
 
     An immutable pytree of at most four arrays. It has no `shape` and no `dtype`, so that nothing
     takes it for an array; those of the weight are `quant_state.shape` and `quant_state.dtype`.
@@ -30,7 +28,7 @@ class Params4bit:
       packed: uint8 codes, two a byte. Row form `[*lead, out, in/2]`, flat form `[*lead, bytes]`.
       quant_state: the scales and the static description.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> w = jax.random.normal(jax.random.key(0), (128, 256))
       >>> weight = q4jax.Params4bit.quantize(w, quant_type="nf4")
@@ -57,13 +55,13 @@ class Params4bit:
         return Params4bit, (self.packed, self.quant_state)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
-        """Children with their key names, for jax."""
+        """Return the children with their key names, for jax."""
         key = jax.tree_util.GetAttrKey
         return [(key("packed"), self.packed), (key("quant_state"), self.quant_state)], None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Iterable[Any]) -> "Params4bit":
-        """The inverse, for jax; children may be anything."""
+        """Invert `tree_flatten_with_keys`, for jax; children may be anything."""
         packed, quant_state = children
         return cls(packed, quant_state)
 
@@ -87,41 +85,33 @@ class Params4bit:
         check_finite: bool = True,
         implementation: str | None = None,
     ) -> "Params4bit":
-        """`quantize_4bit` with its two results as one pytree."""
-        if isinstance(w, (Params4bit, QuantState)):
-            raise TypeError(f"w is quantized already: {w!r}")
-        if not hasattr(w, "dtype") or not hasattr(w, "shape"):
-            raise TypeError(f"w must be an array, got {type(w).__name__}")
-        # Before jnp.asarray, which would turn float64 into float32 in silence.
-        dtype = float_dtype(w.dtype, "w.dtype")
-        spec = QuantSpec.from_shape(
-            w.shape, dtype, quant_type, blocksize, bool(compress_statistics)
+        """Quantize a weight: `quantize_4bit` with its two results as one pytree."""
+        packed, state = quantize_4bit(
+            w,
+            blocksize,
+            compress_statistics,
+            quant_type,
+            check_finite=check_finite,
+            implementation=implementation,
         )
-        arrays, finite = _quantize(w, spec, implementations.resolve(implementation))
-        if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
-            require_finite(w, "w")
-        state = QuantState(arrays.absmax, arrays.nested_absmax, arrays.offset, spec)
-        return cls(arrays.packed, state)
+        return cls(packed, state)
 
     def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> Array:
-        """The weight as `dtype` (None: the dtype it was quantized from), in its full shape."""
-        weight = as_params4bit(self)
-        dtype = weight.quant_state.dtype if dtype is None else float_dtype(dtype)
-        return _dequantize(weight, dtype, implementations.resolve(implementation))
+        """Return the weight in its full shape: `dequantize_4bit`."""
+        return dequantize_4bit(self.packed, self.quant_state, dtype, implementation=implementation)
 
     @property
-    def arrays(self) -> blockwise.WeightArrays:
-        """Its arrays alone, as the implementations take them."""
-        state = self.quant_state
-        return blockwise.WeightArrays(self.packed, state.absmax, state.nested_absmax, state.offset)
+    def arrays(self) -> WeightArrays:
+        """The weight's arrays, as the implementations take them."""
+        return weight_arrays(self.packed, self.quant_state)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all arrays of the weight."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def partition_names(self, names: Sequence[Any]) -> "Params4bit":
-        """How its arrays are partitioned where the weight is, with a tuple for each array.
+        """Return the partition names of each array, given those of the weight.
 
         Codes and scales go together; double quantization's own statistics are replicated, but for
         leading axes.
@@ -133,7 +123,7 @@ class Params4bit:
           ValueError: not one name for each axis; a name for an axis of a matrix whose rows are not
             whole blocks: its arrays are flat.
 
-        Example:
+        Examples:
           >>> import jax.numpy as jnp, q4jax
           >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), compress_statistics=True)
           >>> names = weight.partition_names(("mlp", "embed"))
@@ -160,7 +150,7 @@ class Params4bit:
         return cast("Params4bit", jax.tree.unflatten(tree, map(of, leaves)))
 
     def unstack(self) -> "Params4bit":
-        """The joint form (one call on an N-D weight) as the stacked one, exactly.
+        """Turn the joint form (one call on an N-D weight) into the stacked one, exactly.
 
         Every array of the result has the leading axes, so `scan`, `vmap` and indexing work.
 
@@ -199,7 +189,7 @@ class Params4bit:
         return Params4bit(packed, QuantState(absmax, nested_absmax, offset, matrix))
 
     def state_dict(self, prefix: str = "weight") -> dict[str, np.ndarray]:
-        """The weight as bitsandbytes' state dict has it, codes as uint8 `[bytes, 1]`.
+        """Return bitsandbytes' state dict of the weight, with codes as uint8 `[bytes, 1]`.
 
         Args:
           prefix: the name of the weight; its statistics follow as `<prefix>.absmax` and so on.
@@ -210,7 +200,7 @@ class Params4bit:
 
     @classmethod
     def from_prequantized(cls, data: Any, quantized_stats: Mapping[str, Any]) -> "Params4bit":
-        """The weight from bitsandbytes' arrays.
+        """Build the weight from bitsandbytes' arrays.
 
         Args:
           data: codes, `[bytes, 1]` or any shape: uint8, or a float or int8 array that contains
@@ -231,40 +221,8 @@ class Params4bit:
 
 
 def as_params4bit(packed: Array | Params4bit, state: QuantState | None = None) -> Params4bit:
-    """Join the two forms in which functions take a weight, after checking that they fit together.
-
-    Args:
-      packed: uint8 codes, or a `Params4bit`, which stands for both arguments.
-      state: the codes' state.
-
-    Raises:
-      TypeError: neither a Params4bit nor codes with their QuantState.
-      ValueError: codes that are not uint8, or arrays that do not fit the state.
-    """
-    if isinstance(packed, Params4bit):
-        if state is not None:
-            raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
-        weight = packed
-    elif isinstance(state, QuantState):
-        weight = Params4bit(packed, state)
-    else:
-        raise TypeError(
-            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
-        )
-    check_packed(weight.packed, weight.quant_state)
-    return weight
-
-
-def require_finite(w: Array, name: str) -> None:
-    """ValueError, with the name of the tensor, where a concrete `w` holds NaN or inf."""
-    if isinstance(w, jax.core.Tracer):
-        return
-    count = int((~jnp.isfinite(jnp.asarray(w))).sum())
-    if count:
-        raise ValueError(
-            f"{name} holds NaN or inf ({count} of {w.size} elements of {w.dtype}{list(w.shape)}); "
-            f"check_finite=False quantizes it anyhow"
-        )
+    """Join the two forms in which functions take a weight, checked as by `unpack_weight`."""
+    return Params4bit(*unpack_weight(packed, state))
 
 
 def quantize_stacked(
@@ -290,29 +248,3 @@ def quantize_stacked(
     for _ in w.shape[:-2]:
         quantize = jax.vmap(quantize)
     return quantize(w)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
-def _quantize(
-    w: Array, spec: QuantSpec, implementation: str | None
-) -> tuple[blockwise.WeightArrays, Array]:
-    """The arrays, and whether w is finite."""
-    packed, absmax = partition.run(Operation("quantize", implementation, spec), w)
-    finite = jnp.isfinite(absmax).all()
-    if not spec.nested:
-        return blockwise.WeightArrays(packed, absmax, None, None), finite
-    compressed = partition.run(Operation("compress", implementation, spec), absmax)
-    return blockwise.WeightArrays(packed, *compressed), finite
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
-def _dequantize(weight: Params4bit, dtype: np.dtype, implementation: str | None) -> Array:
-    operation = Operation("dequantize", implementation, weight.quant_state.spec, dtype)
-
-    def dequantize(weight: Params4bit) -> Array:
-        return partition.run(operation, weight.arrays)[0]
-
-    offset = weight.quant_state.offset
-    for _ in range(0 if offset is None else offset.ndim):  # statistics of its own for each matrix
-        dequantize = jax.vmap(dequantize)
-    return dequantize(weight)

@@ -1,12 +1,24 @@
-"""`quantize_4bit` and `dequantize_4bit`: the functional interface, as bitsandbytes has it."""
+"""`quantize_4bit`, and the ops `Quantize` and `DoubleQuantize`."""
 
+import dataclasses
+import functools
 from typing import Any
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
 
+from q4jax.core.blockwise import WeightArrays
 from q4jax.core.codebooks import QuantType
+from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.core.state import QuantState
-from q4jax.ops.params import Params4bit, as_params4bit
+from q4jax.ops.registry import Implementation, check_name
+from q4jax.ops.weight_op import WeightOp
+from q4jax.ops.weight_sharding import WeightAxes
+from q4jax.sharding.axes import REPLICATED, AxisLabels
+from q4jax.sharding.op import Shard
+from q4jax.sharding.partition import run
 
 
 def quantize_4bit(
@@ -47,52 +59,100 @@ def quantize_4bit(
 
     Source: QLoRA, arXiv:2305.14314, sections 2 and 3; bitsandbytes' CPU backend for the rounding.
 
-    Example:
+    Examples:
       >>> import jax, q4jax
       >>> w = jax.random.normal(jax.random.key(0), (128, 256))
       >>> packed, state = q4jax.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
       >>> packed.shape, packed.dtype.name, state
       ((128, 128), 'uint8', QuantState(nf4_b64_n256_float32_128x256))
     """
-    weight = Params4bit.quantize(
-        w,
-        blocksize,
-        compress_statistics,
-        quant_type,
-        check_finite=check_finite,
-        implementation=implementation,
-    )
-    return weight.packed, weight.quant_state
+    if isinstance(w, QuantState) or hasattr(w, "quant_state"):
+        raise TypeError(f"w is quantized already: {w!r}")
+    if not hasattr(w, "dtype") or not hasattr(w, "shape"):
+        raise TypeError(f"w must be an array, got {type(w).__name__}")
+    # Before jnp.asarray, which would turn float64 into float32 in silence.
+    dtype = float_dtype(w.dtype, "w.dtype")
+    spec = QuantSpec.from_shape(w.shape, dtype, quant_type, blocksize, bool(compress_statistics))
+    arrays, finite = _quantize(w, spec, check_name(implementation))
+    if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
+        require_finite(w, "w")
+    state = QuantState(arrays.absmax, arrays.nested_absmax, arrays.offset, spec)
+    return arrays.packed, state
 
 
-def dequantize_4bit(
-    packed: Array | Params4bit,
-    state: QuantState | None = None,
-    dtype: Any = None,
-    *,
-    implementation: str | None = None,
-) -> Array:
-    """The weight back: codebook times scale in float32, rounded once to `dtype`.
+def require_finite(w: Array, name: str) -> None:
+    """Raise ValueError, with the tensor's name, where a concrete `w` holds NaN or inf."""
+    if isinstance(w, jax.core.Tracer):
+        return
+    count = int((~jnp.isfinite(jnp.asarray(w))).sum())
+    if count:
+        raise ValueError(
+            f"{name} holds NaN or inf ({count} of {w.size} elements of {w.dtype}{list(w.shape)}); "
+            f"check_finite=False quantizes it anyhow"
+        )
 
-    Args:
-      packed: uint8 codes as `quantize_4bit` returns them, or a `Params4bit` for both arguments.
-      state: their state.
-      dtype: float32, float16 or bfloat16; None takes `state.dtype`.
-      implementation: None (best for the platform) or a name; see `matmul_4bit`.
 
-    Returns:
-      `[..., out, in]`: the shape of the weight, leading axes included.
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def _quantize(
+    w: Array, spec: QuantSpec, implementation: Implementation | None
+) -> tuple[WeightArrays, Array]:
+    """Return the arrays, and whether w is finite."""
+    packed, absmax = run(Quantize(spec, implementation), w)
+    finite = jnp.isfinite(absmax).all()
+    if not spec.nested:
+        return WeightArrays(packed, absmax, None, None), finite
+    return WeightArrays(packed, *run(DoubleQuantize(spec, implementation), absmax)), finite
 
-    Raises:
-      ValueError: codes that are not uint8, arrays that do not fit the state, another dtype.
-      TypeError: state is missing.
 
-    Example:
-      >>> import jax.numpy as jnp, q4jax
-      >>> w = jnp.tile(jnp.array([1.0, -1.0]), 32)[None]
-      >>> packed, state = q4jax.quantize_4bit(w)
-      >>> bool((q4jax.dequantize_4bit(packed, state) == w).all())
-      True
+@dataclasses.dataclass(frozen=True)
+class Quantize(WeightOp):
+    """Blockwise quantization: operands `(w,)`, results the codes and the plain scales."""
+
+    name = "quantize"
+
+    def axes(self, w: Array) -> tuple[Any, tuple[AxisLabels, ...]]:
+        """Label the weight, its codes and its scales."""
+        weight = WeightAxes.from_spec(self.spec, w.ndim - len(self.spec.shape), nested=False)
+        return (weight.weight,), (weight.packed, weight.absmax)
+
+    def profile(self, w: Array) -> tuple[np.dtype[Any], int | None]:
+        """The weight's dtype."""
+        return w.dtype, None
+
+    def compute(self, shard: Shard, implementation: Implementation, w: Array) -> tuple[Array, ...]:
+        """Quantize this device's blocks."""
+        del shard
+        local = dataclasses.replace(self.spec, shape=w.shape[w.ndim - len(self.spec.shape) :])
+        return tuple(implementation.quantize(w, spec=local))
+
+
+@dataclasses.dataclass(frozen=True)
+class DoubleQuantize(WeightOp):
+    """Quantization of the scales: operands `(absmax,)`, results `(codes, nested_absmax, offset)`.
+
+    The offset is the mean of all scales, so each device gathers them and keeps its part.
     """
-    weight = as_params4bit(packed, state)
-    return weight.dequantize(dtype, implementation=implementation)
+
+    name, gathers_operands = "double_quantize", True
+
+    def axes(self, absmax: Array) -> tuple[Any, tuple[AxisLabels, ...]]:
+        """Label the scales, their codes and the statistics."""
+        lead = absmax.ndim - len(self.spec.absmax_shape)
+        scales = WeightAxes.from_spec(self.spec, lead, nested=True).absmax
+        return (scales,), (scales, (REPLICATED,), ())
+
+    def profile(self, absmax: Array) -> tuple[np.dtype[Any], int | None]:
+        """The scales' dtype."""
+        return absmax.dtype, None
+
+    def compute(
+        self, shard: Shard, implementation: Implementation, absmax: Array
+    ) -> tuple[Array, ...]:
+        """Quantize all scales and keep this device's codes."""
+        codes, nested_absmax, offset = implementation.double_quantize(absmax)
+        _, (labels, *_) = self.axes(absmax)
+        for number, axis in enumerate(labels):
+            size = codes.shape[number] // shard.parts(axis.label)
+            first = shard.first_index(axis.label, size)
+            codes = lax.dynamic_slice_in_dim(codes, first, size, number)
+        return codes, nested_absmax, offset

@@ -1,88 +1,90 @@
-"""The names a caller may give as `implementation`, and how a call reaches the code behind one.
+"""The implementations of the ops by name, and those that `implementation=None` tries.
 
-An implementation is a module or an object with four functions on arrays:
-
-    quantize(w, *, spec) -> (packed, absmax)     codes and plain scales, in the spec's layout
-    dequantize(arrays, *, spec, dtype) -> w      in the weight's full shape
-    linear(x, arrays, bias, *, spec) -> y        x @ W.T + bias: [M, K] -> [M, N] in x's dtype
-    transposed(g, arrays, *, spec) -> dx         g @ W: [M, N] -> [M, K] in g's dtype
-
-and perhaps a fifth, where "xla" serves those that have none:
-
-    compress(absmax) -> (codes, nested_absmax, offset)     double quantization of all scales
-
-Each raises NotImplementedError, with the reason in one line, for a call it cannot serve.
+To add an implementation, write a package with a class that has the methods of `Implementation`
+and add an instance to `IMPLEMENTATIONS`. Add it to `AUTOMATIC` too if `implementation=None` may
+choose it. `tests/implementations/test_contract.py` then tests it.
 """
 
-import functools
-import importlib
-from typing import Any, Literal, get_args
+from typing import Any, Protocol
 
-from jax import lax
+import numpy as np
+from jax import Array
 
-Implementation = Literal["xla", "pallas", "pallas_interpret", "triton", "native"]
+from q4jax.core.blockwise import WeightArrays
+from q4jax.core.spec import QuantSpec
+from q4jax.native.implementation import Native
+from q4jax.pallas.implementation import Pallas
+from q4jax.triton.implementation import Triton
+from q4jax.xla.implementation import XLA
 
-_SOURCES = {
-    "xla": ("q4jax.xla.implementation", ""),
-    "pallas": ("q4jax.pallas", "compiled"),
-    "pallas_interpret": ("q4jax.pallas", "interpreted"),
-    "pallas_where_verified": ("q4jax.pallas", "where_verified"),  # not a caller's name
-    "triton": ("q4jax.triton.implementation", ""),
-    "native": ("q4jax.native.implementation", "always"),
-    "native_where_faster": ("q4jax.native.implementation", "where_faster"),  # not a caller's name
+
+class Implementation(Protocol):
+    """An implementation of the ops on the arrays of one device.
+
+    Each method raises NotImplementedError, with the reason in one line, for a call that it cannot
+    serve.
+
+    Attributes:
+      name: the value of `implementation=` that selects it.
+    """
+
+    name: str
+
+    def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
+        """Return the codes and plain scales of `w`, in the spec's layout."""
+        ...
+
+    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
+        """Return the 8-bit codes, nested scales and offset of plain scales of any shape."""
+        ...
+
+    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+        """Return the weight in its full shape, rounded once to `dtype`."""
+        ...
+
+    def linear(
+        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+    ) -> Array:
+        """Return `x @ W.T + bias` for `x [M, K]`: `[M, N]` in x's dtype."""
+        ...
+
+    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+        """Return `g @ W` for `g [M, N]`: `[M, K]` in g's dtype."""
+        ...
+
+    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
+        """Return whether `implementation=None` should take it for an op.
+
+        Args:
+          op: the op's name.
+          dtype: dtype of the activation or of the weight.
+          rows: rows of the activation; None for ops without one.
+        """
+        ...
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (XLA(), Pallas(), Pallas(interpret=True), Triton(), Native())
 }
-_PREFERRED: dict[str, tuple[str, ...]] = {
-    "cpu": ("native_where_faster",),
-    "cuda": ("pallas_where_verified",),
+"""Name -> the implementation that `implementation=` selects."""
+
+AUTOMATIC: dict[str, tuple[Implementation, ...]] = {
+    "cpu": (IMPLEMENTATIONS["native"],),
+    "cuda": (IMPLEMENTATIONS["pallas"],),
 }
-"""platform -> what None tries there, in this order, before "xla"."""
+"""Platform -> what `implementation=None` tries there, in this order, before "xla"."""
 
 
-def resolve(implementation: str | None) -> str | None:
-    """The name itself, checked; None for the best of each platform.
+def check_name(name: str | None) -> Implementation | None:
+    """Return the implementation with this name; None stands for the best of each platform.
 
     Raises:
-      ValueError: no such implementation.
+      ValueError: there is no such implementation.
     """
-    if implementation is None:
+    if name is None:
         return None
-    names = get_args(Implementation)
-    if implementation not in names:
-        allowed = ", ".join(map(repr, names))
-        raise ValueError(f"implementation must be None or one of {allowed}; got {implementation!r}")
-    return implementation
-
-
-def call(implementation: str | None, operation: str, *args: Any, **static: Any) -> Any:
-    """One of the operations; with None the platform is chosen when the program is lowered.
-
-    Args:
-      implementation: as `resolve` returns it.
-      operation: "quantize", "compress", "dequantize", "linear" or "transposed".
-      *args: pytrees of arrays, in the operation's order.
-      **static: its other arguments by name.
-    """
-    if implementation is not None:
-        return _operation(implementation, operation)(*args, **static)
-
-    def first_of(names: tuple[str, ...], *args: Any) -> Any:
-        for name in names:
-            try:
-                return _operation(name, operation)(*args, **static)
-            except NotImplementedError:
-                continue
-        return _operation("xla", operation)(*args, **static)
-
-    branches = {
-        platform: functools.partial(first_of, names) for platform, names in _PREFERRED.items()
-    }
-    return lax.platform_dependent(*args, default=functools.partial(first_of, ()), **branches)
-
-
-def _operation(name: str, operation: str) -> Any:
-    module, attribute = _SOURCES[name]
-    source = importlib.import_module(module)
-    source = getattr(source, attribute) if attribute else source
-    if operation == "compress" and not hasattr(source, operation):
-        return _operation("xla", operation)
-    return getattr(source, operation)
+    if name not in IMPLEMENTATIONS:
+        allowed = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"implementation must be None or one of {allowed}; got {name!r}")
+    return IMPLEMENTATIONS[name]

@@ -1,7 +1,1 @@
-"""The GPU kernels: the implementations "pallas" and, the same interpreted, "pallas_interpret"."""
-
-from q4jax.pallas.implementation import Operations, WhereVerified
-
-compiled = Operations("pallas")
-interpreted = Operations("pallas_interpret")
-where_verified = WhereVerified("pallas")
+"""The Pallas kernels for NVIDIA GPUs: the implementations "pallas" and "pallas_interpret"."""

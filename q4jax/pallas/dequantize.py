@@ -1,4 +1,4 @@
-"""The kernel of `dequantize_4bit`: codes to weights, in their order."""
+"""The Pallas kernel of `dequantize_4bit`."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ _TILE_WORDS = 512
 
 
 def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: Any, interpret: bool) -> Array:
-    """The weight as `dtype`, in its full shape.
+    """Decode the weight to `dtype`, in its full shape.
 
     The weight is a list of blocks to this kernel, whatever its shape.
     """

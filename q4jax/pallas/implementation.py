@@ -1,4 +1,4 @@
-"""What the kernels serve, and how a call becomes a kernel with its tile."""
+"""The implementations "pallas" and "pallas_interpret": the compiled and interpreted kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,91 +8,87 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays, in_layout
 from q4jax.core.spec import QuantSpec
-from q4jax.gpu import requirements as backend
 from q4jax.gpu import tiles
 from q4jax.gpu.cuda_call import kernel_call
-from q4jax.pallas import dequantize, quantize
-from q4jax.pallas import inline_ptx as ptx
-from q4jax.pallas import matmul as linear
-from q4jax.pallas import matmul_transpose as transposed
+from q4jax.gpu.requirements import check_devices, check_rows, triton
+
+# Each method imports its kernel: Pallas takes longer to import than the rest of q4jax.
 
 
-class Operations:
-    """The four operations of an implementation, compiled for a GPU or interpreted.
+class Pallas:
+    """The ops by the Pallas kernels.
 
-    Served are nf4 and fp4, every block size, every float dtype, plain and nested scales, any M and
-    N, and any K that is a multiple of the block size.
+    They serve every quant type, block size and float dtype, plain and nested scales, any M and N,
+    and any K that is a multiple of the block size.
 
     Args:
-      name: "pallas" or "pallas_interpret".
+      interpret: run the kernels in Pallas's interpreter, on any platform.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.interpret = name == "pallas_interpret"
+    def __init__(self, *, interpret: bool = False):
+        self.name = "pallas_interpret" if interpret else "pallas"
+        self.interpret = interpret
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Codes and plain scales, in the spec's layout."""
-        packed, absmax = self._run(quantize.quantize, spec, w)
+        """Return the codes and plain scales of `w`, in the spec's layout."""
+        self._check(spec)
+        from q4jax.pallas.quantize import quantize
+
+        packed, absmax = self._call(quantize, w, spec=spec)
         return in_layout(w.shape, packed, absmax, spec)
 
+    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
+        """Return the 8-bit codes, nested scales and offset of plain scales, in plain XLA."""
+        return blockwise.double_quantize(absmax)
+
     def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
-        """The weight in its full shape."""
-        return self._run(dequantize.dequantize, spec, arrays, dtype=dtype)
+        """Return the weight in its full shape."""
+        self._check(spec)
+        from q4jax.pallas.dequantize import dequantize
+
+        return self._call(dequantize, arrays, spec=spec, dtype=dtype)
 
     def linear(
         self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
     ) -> Array:
-        """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype."""
+        """Return `x @ W.T + bias`."""
+        self._check(spec)
         if not x.shape[0]:
             return jnp.zeros((0, spec.shape[0]), x.dtype)
-        tile = tiles.choose("linear", x.shape[0], spec.shape, x.dtype)
-        return self._run(linear.linear, spec, x, arrays, bias, tile=tile)
+        from q4jax.pallas.matmul import linear
 
-    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
-        """`g @ W`: [M, N] -> [M, K] in g's dtype."""
+        tile = tiles.choose(x.shape[0], spec.shape, x.dtype, transpose=False)
+        return self._call(linear, x, arrays, bias, spec=spec, tile=tile)
+
+    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+        """Return `g @ W`."""
+        self._check(spec)
         if not g.shape[0]:
             return jnp.zeros((0, spec.shape[1]), g.dtype)
-        tile = tiles.choose("transposed", g.shape[0], spec.shape, g.dtype)
-        return self._run(transposed.transposed, spec, g, arrays, tile=tile)
+        from q4jax.pallas.matmul_transpose import linear_transpose
 
-    def _run(self, kernel: Callable[..., Any], spec: QuantSpec, *args: Any, **static: Any) -> Any:
-        backend.triton(self.name)
-        backend.check_rows(self.name, spec)
-        if self.interpret:
-            ptx.register_emulation()
-            return kernel(*args, spec=spec, interpret=True, **static)
-        backend.check_devices()
-        return kernel_call(self.name, kernel, *args, spec=spec, interpret=False, **static)
+        tile = tiles.choose(g.shape[0], spec.shape, g.dtype, transpose=True)
+        return self._call(linear_transpose, g, arrays, spec=spec, tile=tile)
 
-
-class WhereVerified(Operations):
-    """The kernels where they have been seen right on this kind of GPU, and are the faster way.
-
-    For more rows than the table's crossover, decoding the weight for one dense product is.
-    """
-
-    def linear(
-        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
-    ) -> Array:
-        """As named, up to the crossover."""
-        self._check_rows("linear", x)
-        return super().linear(x, arrays, bias, spec=spec)
-
-    def transposed(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
-        """As named, up to the crossover."""
-        self._check_rows("transposed", g)
-        return super().transposed(g, arrays, spec=spec)
-
-    def _check_rows(self, operation: str, x: Array) -> None:
-        most = tiles.crossover(operation, x.dtype)
-        if x.shape[0] > most:
-            raise NotImplementedError(f"a dense product is faster for more than {most} rows")
-
-    def _run(self, kernel: Callable[..., Any], spec: QuantSpec, *args: Any, **static: Any) -> Any:
+    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
+        """Return whether the kernels are verified on this GPU, and faster than a dense product."""
         kinds = {device.device_kind for device in jax.devices() if device.platform == "gpu"}
         if not kinds or not kinds <= set(tiles.verified()):
-            raise NotImplementedError("the kernels are not verified on these devices")
-        return super()._run(kernel, spec, *args, **static)
+            return False
+        return rows is None or rows <= tiles.crossover(op, dtype)
+
+    def _check(self, spec: QuantSpec) -> None:
+        triton(self.name)
+        check_rows(self.name, spec)
+
+    def _call(self, kernel: Callable[..., Any], *operands: Any, **static: Any) -> Any:
+        if self.interpret:
+            from q4jax.pallas.inline_ptx import register_emulation
+
+            register_emulation()
+            return kernel(*operands, interpret=True, **static)
+        check_devices()
+        return kernel_call(self.name, kernel, *operands, interpret=False, **static)

@@ -1,6 +1,6 @@
-"""Inline PTX in Pallas kernels, and its meaning on CPU for interpret mode.
+"""Inline PTX in Pallas kernels, and what interpret mode runs on CPU instead.
 
-`inline` puts a few PTX instructions into a Triton kernel, one run for each element. XLA's CPU
+`inline_asm` puts a few PTX instructions into a Triton kernel, one run for each element. XLA's CPU
 backend has no such thing, so a lowering for CPU is registered. It takes the meaning in jax.numpy
 that comes with the text, because single instructions make a program about three times as large;
 `emulate` runs the text itself, and the tests hold the two together.
@@ -25,21 +25,21 @@ from q4jax.gpu.requirements import triton
 _CONSTRAINTS = {"float32": "f", "int32": "r"}
 
 
-_meanings: dict[str, Callable[..., Array]] = {}
+_references: dict[str, Callable[..., Array]] = {}
 
 
-def inline(
-    asm: str, meaning: Callable[..., Array], args: Sequence[Array], dtype: DTypeLike
+def inline_asm(
+    asm: str, reference: Callable[..., Array], args: Sequence[Array], dtype: DTypeLike
 ) -> Array:
     """Run PTX on each element: `$0` is the result, `$1`, `$2`, ... the elements of `args`.
 
     Args:
       asm: the instructions.
-      meaning: the same as a function of `args`, for interpret mode.
+      reference: the same as a function of `args`, for interpret mode.
       args: float32 or int32 arrays of one shape.
       dtype: of the result, float32 or int32 (a uint32 would be a type of its own to Triton).
     """
-    _meanings[asm] = meaning
+    _references[asm] = reference
     return _bind(asm, args, dtype)
 
 
@@ -56,7 +56,7 @@ def _bind(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
 
 
 def emulate(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:
-    """What `inline` gives, instruction by instruction."""
+    """Compute the result of `inline_asm`, instruction by instruction."""
     registers: dict[str, Array] = {f"${i + 1}": _bits(a) for i, a in enumerate(args)}
     for line in re.split(r"[;{}]\s*", asm):
         operation, _, operands = line.strip().partition(" ")
@@ -148,7 +148,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
 
 @functools.cache
 def register_emulation() -> None:
-    """Give the primitive behind `inline` its meaning on CPU."""
+    """Register the CPU lowering of the primitive behind `inline_asm`."""
 
     def probe(x: Array) -> Array:
         return _bind("{ mul.rn.f32 $0, $1, $1; }", [x], jnp.float32)
@@ -158,7 +158,7 @@ def register_emulation() -> None:
     [equation] = jaxpr.jaxpr.eqns
 
     def lower(*args: Array, asm: str, result_shape_dtypes: Sequence[Any], **_: Any) -> list[Array]:
-        return [_meanings[asm](*args)]
+        return [_references[asm](*args)]
 
     rule = mlir.lower_fun(lower, multiple_results=True)
     mlir.register_lowering(equation.primitive, rule, platform="cpu")

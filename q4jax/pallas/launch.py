@@ -1,4 +1,4 @@
-"""From named operands to a Pallas call, and the masks of tiles that reach beyond an array."""
+"""Call Pallas with named operands, and mask tiles that reach beyond an array."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ def launch(
 
 
 def load(ref: Any, mask: Array | None) -> Array:
-    """What `ref` points at, 0 where masked."""
+    """Load from `ref`; 0 where masked."""
     return triton().load(ref, mask=mask, other=None if mask is None else 0)
 
 

@@ -12,8 +12,9 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
+from q4jax.gpu.tiling import Tiling
 from q4jax.pallas.launch import add_splits, below, launch, load, rows_inside
-from q4jax.pallas.weight_tile import Tiling, decode_tile, load_activation, operands
+from q4jax.pallas.weight_tile import decode_tile, load_activation, operands
 
 
 def linear(

@@ -12,11 +12,12 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
+from q4jax.gpu.tiling import HALF, Tiling
 from q4jax.pallas.launch import add_splits, below, launch, load
-from q4jax.pallas.weight_tile import HALF, Tiling, activation_part, decode_tile, operands
+from q4jax.pallas.weight_tile import activation_part, decode_tile, operands
 
 
-def transposed(
+def linear_transpose(
     g: Array, arrays: WeightArrays, *, spec: QuantSpec, tile: tiles.Tile, interpret: bool
 ) -> Array:
     """[M, N] -> [M, K] in g's dtype.
@@ -31,7 +32,7 @@ def transposed(
     named = operands(arrays, tiling) | {"g": g}
     dtype = jnp.float32 if tile.splits > 1 else g.dtype
     dx = launch(
-        "transposed",
+        "linear_transpose",
         functools.partial(_kernel, tiling=tiling, tile=tile, steps=steps, dtype=g.dtype),
         named,
         jax.ShapeDtypeStruct((tile.splits, m, k // tiling.unit, tiling.unit), dtype),

@@ -66,7 +66,7 @@ def _scale(w: Array) -> tuple[Array, Array]:
     magnitude = lax.bitcast_convert_type(w, jnp.int32) & 0x7FFFFFFF
     absmax = lax.bitcast_convert_type(magnitude.max(1), jnp.float32)
     w = jnp.where(magnitude < 0x00800000, 0.0, w)
-    reciprocal = ptx.inline(
+    reciprocal = ptx.inline_asm(
         decode.RECIPROCAL_ASM, lambda x: divide(jnp.ones_like(x), x), [absmax], jnp.float32
     )
     reciprocal = jnp.where(absmax < _SMALLEST_NORMAL, 0.0, reciprocal)
@@ -74,7 +74,7 @@ def _scale(w: Array) -> tuple[Array, Array]:
 
     def quotient() -> Array:
         wide = jnp.broadcast_to(absmax[:, None], w.shape)
-        exact = ptx.inline(decode.DIVIDE_ASM, divide, [w, wide], jnp.float32)
+        exact = ptx.inline_asm(decode.DIVIDE_ASM, divide, [w, wide], jnp.float32)
         return jnp.where(wide > LARGEST_RECIPROCAL, exact, scaled)
 
     large = (absmax > LARGEST_RECIPROCAL).astype(jnp.int32)  # a float's max may drop or keep NaN

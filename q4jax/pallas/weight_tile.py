@@ -1,6 +1,5 @@
 """A 4-bit weight inside a kernel: how its arrays are viewed, loaded, masked and decoded."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,62 +9,10 @@ from jax.experimental import pallas as pl
 
 from q4jax.core import blockwise, codebooks
 from q4jax.core.blockwise import WeightArrays
-from q4jax.core.spec import QuantSpec
 from q4jax.gpu import ptx_decode as decode
+from q4jax.gpu.tiling import HALF, Tiling
 from q4jax.pallas import inline_ptx as ptx
 from q4jax.pallas.launch import below, load
-
-HALF = 32
-"""Weights in 16 bytes, what a thread loads at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """A tile of `rows` x `columns` weights, walked in units of one or two halves of 32.
-
-    A thread that owns both halves of a unit computes one table for its 64 weights. Therefore a
-    tile is decoded a half at a time: half h of all its units, [rows, columns / halves].
-
-    Attributes:
-      spec: the weight's.
-      rows, columns: of a tile, powers of two.
-      inside: whether all tiles that are walked lie inside the weight, so that nothing is masked.
-    """
-
-    spec: QuantSpec
-    rows: int
-    columns: int
-    inside: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight."""
-        n, k = self.spec.shape
-        return n, k
-
-    @property
-    def unit(self) -> int:
-        """Weights a unit: they share a scale."""
-        return min(self.spec.blocksize, 2 * HALF)
-
-    @property
-    def halves(self) -> int:
-        """Of a unit."""
-        return self.unit // HALF
-
-    @property
-    def units(self) -> int:
-        """In a row of the tile."""
-        return self.columns // self.unit
-
-    @property
-    def scales(self) -> int:
-        """In a row of the tile."""
-        return max(1, self.columns // self.spec.blocksize)
-
-    def activation(self, x: Array) -> Array:
-        """[M, K] -> [M, units, unit], free."""
-        return x.reshape(x.shape[0], -1, self.unit)
 
 
 def operands(arrays: WeightArrays, tiling: Tiling) -> dict[str, Array]:
@@ -111,7 +58,7 @@ def load_scales(
     nested = load(refs["nested"].at[index // codebooks.NESTED_BLOCKSIZE], mask)
     value = load(refs["map"].at[scales.astype(jnp.int32)], None)
     offset = jnp.broadcast_to(refs["offset"][0], value.shape)
-    return ptx.inline(decode.SCALE_ASM, blockwise.scale, [value, nested, offset], jnp.float32)
+    return ptx.inline_asm(decode.SCALE_ASM, blockwise.scale, [value, nested, offset], jnp.float32)
 
 
 def tables(scales: Array, quant_type: str, dtype: Any) -> list[list[Array]]:
@@ -119,8 +66,8 @@ def tables(scales: Array, quant_type: str, dtype: Any) -> list[list[Array]]:
 
     def table_word(part: int, word: int) -> Array:
         static = {"quant_type": quant_type, "dtype": dtype, "part": part, "word": word}
-        meaning = functools.partial(decode.table_word, **static)
-        return ptx.inline(decode.table_word_asm(**static), meaning, [scales], jnp.int32)
+        reference = functools.partial(decode.table_word, **static)
+        return ptx.inline_asm(decode.table_word_asm(**static), reference, [scales], jnp.int32)
 
     parts = range(decode.table_count(dtype))
     return [[table_word(part, word) for word in range(decode.TABLE_WORDS)] for part in parts]
@@ -130,8 +77,8 @@ def pairs(words: Array, tables_: list[list[Array]]) -> list[list[Array]]:
     """For each table, 16 bits of each weight, two weights an int32, for the bytes 0 to 3."""
 
     def pair(byte: int, table: list[Array]) -> Array:
-        meaning = functools.partial(decode.pair, byte)
-        return ptx.inline(decode.pair_asm(byte), meaning, [words, *table], jnp.int32)
+        reference = functools.partial(decode.pair, byte)
+        return ptx.inline_asm(decode.pair_asm(byte), reference, [words, *table], jnp.int32)
 
     return [[pair(byte, table) for byte in range(4)] for table in tables_]
 

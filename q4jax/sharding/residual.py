@@ -1,14 +1,17 @@
-"""Keep the feature axis of a residual stream whole on every device."""
+"""Keep the feature axis of a residual stream unsharded on Auto meshes."""
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import AxisType
 
-from q4jax.ops.weight_sharding import WholeFeatures
+from q4jax.sharding.axes import REPLICATED, AxisLabels, batch_labels
+from q4jax.sharding.op import Shard, ShardedOp
 from q4jax.sharding.partition import axes_by_type, run
 
 _whole_outputs: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -18,10 +21,10 @@ _whole_outputs: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def whole_outputs() -> Iterator[None]:
-    """Products traced in it give each device all outputs of its rows, as `whole_features` has them.
+    """Have each `matmul_4bit` traced inside all-gather its output features.
 
-    For layers that write to a residual stream. Without it the compiler splits their outputs as the
-    weight's, wherever the batch was to be split over the same axis.
+    For layers that write to a residual stream. Otherwise the partitioner shards their outputs like
+    the weight's output axis wherever the batch was to be sharded over the same mesh axis.
     """
     token = _whole_outputs.set(True)
     try:
@@ -31,21 +34,35 @@ def whole_outputs() -> Iterator[None]:
 
 
 def outputs_are_whole() -> bool:
-    """Whether a `whole_outputs` surrounds this."""
+    """Return whether the caller is inside `whole_outputs`."""
     return _whole_outputs.get()
 
 
 @jax.custom_vjp
 def whole_features(x: Array) -> Array:
-    """`x [..., features]`, no device with a part of the features only.
+    """Keep the last axis of `x [..., features]` unsharded, in the gradient too.
 
-    For a residual stream, to which weights that are split every way are added: the compiler would
-    take a split of features over from them, and give up that of the batch. The gradient is treated
-    alike. With explicit or manual axes x says itself how it lies, and nothing is done.
+    Otherwise the partitioner propagates the feature sharding of the weights into the residual
+    stream and drops its batch sharding. On Explicit or Manual mesh axes this returns `x`.
     """
     if axes_by_type().keys() - {AxisType.Auto}:
         return x
-    return run(WholeFeatures(), x)[0]
+    return run(_WholeFeatures(), x)[0]
 
 
 whole_features.defvjp(lambda x: (whole_features(x), None), lambda _, g: (whole_features(g),))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeFeatures(ShardedOp):
+    """The identity on `x [..., features]` whose features are never sharded."""
+
+    name, extra_rows = "whole_features", True
+
+    def axes(self, x: Array) -> tuple[Any, tuple[AxisLabels, ...]]:
+        labels = (*batch_labels(x.shape[:-1]), REPLICATED)
+        return (labels,), (labels,)
+
+    def local(self, shard: Shard, x: Array) -> tuple[Array, ...]:
+        del shard
+        return (x,)

@@ -1,87 +1,38 @@
-"""Which mesh axes split an operation, from how its operands and results lie."""
+"""Choose which mesh axes split an op, given how its operands and results are sharded."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from q4jax.ops.weight_sharding import Axes, Dims, Split
+from q4jax.sharding.axes import MeshAxes, ShardedOperand, Split, max_parts
 
 
-class Placed(NamedTuple):
-    """An array of an operation and how it lies.
-
-    Attributes:
-      dims: what its axes mean.
-      shape: sizes of all devices together.
-      axes: for each axis, the mesh axes that split it; None: not known.
-      itemsize: bytes of an element.
-    """
-
-    dims: Dims
-    shape: tuple[int, ...]
-    axes: tuple[Axes, ...] | None
-    itemsize: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all devices together."""
-        return math.prod(self.shape) * self.itemsize
-
-    def claims(self) -> dict[str, Axes]:
-        """Label -> the mesh axes that split it here."""
-        found = zip(self.dims, self.axes or (), strict=False)
-        return {dim.label: axes for dim, axes in found if dim.label is not None and axes}
-
-
-def spec_axes(spec: Any, ndim: int, sizes: Mapping[str, int]) -> tuple[Axes, ...]:
-    """The mesh axes of each of `ndim` axes; those of size 1 split nothing and are left out."""
-    entries = (*spec, *(None,) * (ndim - len(spec)))
-    tuples = ((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
-    return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in tuples)
-
-
-def units(arrays: Iterable[Placed]) -> dict[str, int]:
-    """Label -> into how many parts it can be split at most."""
-    found: dict[str, int] = {}
-    for array in arrays:
-        for dim, size in zip(array.dims, array.shape, strict=True):
-            if dim.label is not None:
-                found[dim.label] = size // dim.unit
-    return found
-
-
-def partition_spec(dims: Dims, split: Split) -> PartitionSpec:
-    """How an array with these axes lies."""
-    return PartitionSpec(*(split.get(dim.label or "") or None for dim in dims))
-
-
-def decide(
-    operands: Sequence[Placed],
-    results: Sequence[Placed],
-    weight: Sequence[Placed],
+def choose_split(
+    operands: Sequence[ShardedOperand],
+    results: Sequence[ShardedOperand],
+    weight: Sequence[ShardedOperand],
     contraction: str | None,
     sizes: Mapping[str, int],
 ) -> Split:
-    """The split that moves least, as a rule of precedence.
+    """Choose the split that moves the fewest bytes, by a rule of precedence.
 
-    A mesh axis goes to the first that has it of: leading axes of the weight; the contraction, where
-    the weight and the other operand are both split by it; the results and the batch of the other
-    operands, whose batch comes first where it is more bytes than the weight; the weight; the other
-    operands. So a weight stays where it lies, unless the batch is split over the same axis: then
-    its codes and scales are gathered, as bytes, or a smaller batch is.
+    Each mesh axis goes to the first of these that it shards: leading axes of the weight; the
+    contraction, where both the weight and another operand are sharded along it; the results and
+    the batch of the operands, the batch first where the operands are larger than the weight; the
+    weight; the operands. So a weight stays where it is, unless the batch is sharded over the same
+    mesh axis. Then the weight's codes and scales are gathered, or the operands if they are smaller.
 
     Args:
-      operands: all but the weight's.
-      results: those of the operation.
-      weight: the weight's codes and scales, if there are any.
-      contraction: the label that is summed over.
-      sizes: of the mesh axes.
+      operands: all operands but the weight's.
+      results: the op's results.
+      weight: the weight's codes and scales, or nothing.
+      contraction: the label that the op sums over.
+      sizes: the sizes of the mesh axes.
     """
-    fixed = weight[0].claims() if weight else {}
-    given = [operand.claims() for operand in operands]
-    wanted = [result.claims() for result in results]
+    fixed = weight[0].sharded_axes() if weight else {}
+    given = [operand.sharded_axes() for operand in operands]
+    wanted = [result.sharded_axes() for result in results]
     claims = [(label, axes) for label, axes in fixed.items() if label.startswith(("vmap", "lead"))]
     for other in given:
         if contraction in other and contraction in fixed:
@@ -93,8 +44,8 @@ def decide(
     claims += [*batch, *goals] if larger else [*goals, *batch]
     claims += fixed.items()
     claims += [claim for one in given for claim in one.items()]
-    parts = units([*operands, *results, *weight])
-    split: dict[str, Axes] = {}
+    parts = max_parts([*operands, *results, *weight])
+    split: dict[str, MeshAxes] = {}
     for label, axes in claims:
         taken = {axis for used in split.values() for axis in used}
         free = tuple(axis for axis in axes if axis not in taken)
@@ -103,28 +54,37 @@ def decide(
     return split
 
 
-def check_weight(name: str, weight: Sequence[Placed], sizes: Mapping[str, int]) -> None:
-    """ValueError where codes and scales lie differently, or a block or a byte would be split."""
+def check_weight(name: str, weight: Sequence[ShardedOperand], sizes: Mapping[str, int]) -> None:
+    """Check that codes and scales are sharded alike and that no block is split.
+
+    Args:
+      name: the weight's name in errors.
+      weight: its codes and its scales, or nothing.
+      sizes: the sizes of the mesh axes.
+
+    Raises:
+      ValueError: they are sharded differently, or a mesh axis does not divide the blocks or rows.
+    """
     if not weight:
         return
     packed, absmax = weight[:2]
-    codes, scales = packed.claims(), absmax.claims()
-    # Before the two are compared: scales that an axis does not divide lie whole.
+    codes, scales = packed.sharded_axes(), absmax.sharded_axes()
+    # Before the two are compared: scales that a mesh axis does not divide are unsharded.
     for what, array in (("packed", packed), ("absmax", absmax)):
-        for label, axes in array.claims().items():
-            parts, units_ = math.prod(sizes[a] for a in axes), units(weight)[label]
-            if units_ % parts:
+        for label, axes in array.sharded_axes().items():
+            parts, units = math.prod(sizes[a] for a in axes), max_parts(weight)[label]
+            if units % parts:
                 noun = "blocks a row" if label == "in" else f"{label} rows"
                 raise ValueError(
                     f"{name}: {what} {list(array.shape)} is split over the mesh axes "
-                    f"{'+'.join(axes)} of size {parts}, which does not divide its {units_} {noun}"
+                    f"{'+'.join(axes)} of size {parts}, which does not divide its {units} {noun}"
                 )
     if codes != scales:
         raise ValueError(
-            f"{name}: packed {list(packed.shape)} is split as {_show(packed)} and absmax "
-            f"{list(absmax.shape)} as {_show(absmax)}: they must be split alike"
+            f"{name}: packed {list(packed.shape)} is split as {_spec(packed)} and absmax "
+            f"{list(absmax.shape)} as {_spec(absmax)}: they must be split alike"
         )
 
 
-def _show(array: Placed) -> str:
-    return str(PartitionSpec(*(axes or None for axes in array.axes or ())))
+def _spec(array: ShardedOperand) -> PartitionSpec:
+    return PartitionSpec(*(axes or None for axes in array.mesh_axes or ()))

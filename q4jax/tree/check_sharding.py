@@ -5,8 +5,9 @@ from typing import Any
 from jax.sharding import NamedSharding
 
 from q4jax.ops.params import Params4bit
-from q4jax.ops.weight_sharding import weight_dims
-from q4jax.sharding.strategy import Placed, check_weight, spec_axes
+from q4jax.ops.weight_sharding import WeightAxes
+from q4jax.sharding.axes import ShardedOperand, mesh_axes_of
+from q4jax.sharding.strategy import check_weight
 from q4jax.tree.leaves import find_weights, leaves, name_of
 
 
@@ -40,11 +41,11 @@ def _check(name: str, weight: Params4bit) -> None:
     if packed.mesh != absmax.mesh:
         raise ValueError(f"{name}: its codes and its scales are on different meshes")
     sizes = dict(packed.mesh.shape)
-    lead = len(state.lead)
-    placed = [
-        Placed(dims, tuple(array.shape), spec_axes(sharding.spec, array.ndim, sizes))
-        for dims, array, sharding in zip(
-            weight_dims(state.spec, lead), arrays, shardings, strict=True
+    axes = WeightAxes.from_spec(state.spec, len(state.lead), nested=state.spec.nested)
+    operands = [
+        ShardedOperand(labels, tuple(array.shape), mesh_axes_of(sharding.spec, array.ndim, sizes))
+        for labels, array, sharding in zip(
+            (axes.packed, axes.absmax), arrays, shardings, strict=True
         )
     ]
-    check_weight(f"{name} ({state.spec.tag()})", placed, sizes)
+    check_weight(f"{name} ({state.spec.tag()})", operands, sizes)

@@ -1,5 +1,5 @@
 """The products in official Triton, through jax-triton: the implementation "triton".
 
-The decode of `q4jax.pallas.decode` and the tiles of `q4jax.pallas.tiles`, in another language. Only
-`operations` and `backend` may be imported where Triton is missing.
+They share decoding and tiles with the Pallas kernels. Only `implementation` and `requirements`
+can be imported where Triton is missing.
 """

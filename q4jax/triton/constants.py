@@ -1,4 +1,4 @@
-"""What a kernel knows when it is compiled."""
+"""The constants of a Triton kernel, fixed when it is compiled."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import ptx_decode as decode
 from q4jax.gpu import tiles
-from q4jax.pallas.weight_tile import Tiling
+from q4jax.gpu.tiling import Tiling
 
 # Triton holds the operands of a step in registers: beside a large sum, Ampere has none left for
 # more columns than these.
@@ -18,17 +18,20 @@ _LARGE_SUM_K = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The one static argument of a kernel; rows of the activation are counted at run time.
+class KernelConstants:
+    """The static argument of a kernel. The number of rows of the activation is not part of it.
 
     Attributes:
-      tiling: of the weight.
-      tile: sizes.
-      steps: tiles that a program walks.
-      masked_m, masked_n, masked_k: whether a tile may reach beyond an axis.
+      tiling: the tiling of the weight.
+      tile: the tile's sizes.
+      steps: the tiles that a program walks over.
+      masked_m: whether a tile may reach beyond the rows of the activation.
+      masked_n: whether a tile may reach beyond the rows of the weight.
+      masked_k: whether a tile may reach beyond the columns of the weight.
       dtype: the compute dtype's name.
-      batched: names of the operands that have one array for each element of a batch; the others
-        are shared by all.
+      batched: the names of the operands that have one array for each element of a batch; all
+        elements share the others.
+      transpose: whether the kernel computes `g @ W` instead of `x @ W.T`.
     """
 
     tiling: Tiling
@@ -39,17 +42,18 @@ class Plan:
     masked_k: bool
     dtype: str
     batched: frozenset[str]
+    transpose: bool
 
     @classmethod
-    def of(
-        cls, operation: str, m: int, spec: QuantSpec, dtype: Any, batched: frozenset[str]
-    ) -> "Plan":
-        """For "linear" or "transposed" with M rows."""
-        tile = tiles.choose(operation, m, spec.shape, dtype)
-        if operation == "linear" and tile.m * tile.n > _LARGE_SUM:
+    def from_problem(
+        cls, m: int, spec: QuantSpec, dtype: Any, batched: frozenset[str], *, transpose: bool
+    ) -> "KernelConstants":
+        """Choose the constants of a product with M rows."""
+        tile = tiles.choose(m, spec.shape, dtype, transpose=transpose)
+        if not transpose and tile.m * tile.n > _LARGE_SUM:
             tile = dataclasses.replace(tile, k=min(tile.k, _LARGE_SUM_K))
         n, k = spec.shape
-        walked, step = (k, tile.k) if operation == "linear" else (n, tile.n)
+        walked, step = (n, tile.n) if transpose else (k, tile.k)
         steps = -(-walked // (step * tile.splits))
         beyond = walked < step * steps * tile.splits
         return cls(
@@ -57,20 +61,21 @@ class Plan:
             tile=tile,
             steps=steps,
             masked_m=m < tile.m,
-            masked_n=beyond if operation == "transposed" else n < tile.n,
-            masked_k=beyond if operation == "linear" else k % tile.k > 0,
+            masked_n=beyond if transpose else n < tile.n,
+            masked_k=k % tile.k > 0 if transpose else beyond,
             dtype=np.dtype(dtype).name,
             batched=batched,
+            transpose=transpose,
         )
 
-    def programs(self, operation: str, m: int, batch: int) -> int:
-        """How many of them the kernel is."""
+    def programs(self, m: int, batch: int) -> int:
+        """The number of programs of a launch."""
         n, k = self.tiling.shape
-        across = -(-n // self.tile.n) if operation == "linear" else -(-k // self.tile.k)
+        across = -(-k // self.tile.k) if self.transpose else -(-n // self.tile.n)
         return batch * -(-m // self.tile.m) * across * self.tile.splits
 
     def stride(self, name: str) -> int:
-        """Elements from one array of an operand to the batch's next: of activations, a row's."""
+        """Elements from one array of an operand to the batch's next; for activations, in a row."""
         n, k = self.tiling.shape
         blocks = n * k // self.tiling.spec.blocksize
         sizes = {
@@ -86,13 +91,13 @@ class Plan:
 
     @property
     def tables(self) -> int:
-        """That a block has."""
+        """The number of tables of a block."""
         return decode.table_count(self.dtype)
 
     def table_word_asm(self, part: int, word: int) -> str:
-        """PTX of one word of a table."""
+        """Return the PTX of one word of a table."""
         return decode.table_word_asm(self.tiling.spec.quant_type, self.dtype, part, word)
 
     def pair_asm(self, byte: int) -> str:
-        """PTX of the weights of one byte of each word."""
+        """Return the PTX of the weights of one byte of each word."""
         return decode.pair_asm(byte)

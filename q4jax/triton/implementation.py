@@ -1,4 +1,4 @@
-"""What the kernels serve, and how a call becomes a kernel."""
+"""The implementation "triton": the products by kernels in official Triton."""
 
 import importlib
 from typing import Any
@@ -7,50 +7,66 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
 from q4jax.gpu.requirements import check_rows
-from q4jax.triton import requirements as backend
+from q4jax.triton.requirements import check
 
-_NOT_HERE = (
+_UNSUPPORTED = (
     "implementation='triton' has the products and their gradients only; "
     "to {} a weight, 'pallas', 'xla' and None work"
 )
 
 
-def quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-    """NotImplementedError: it is not part of this implementation."""
-    raise NotImplementedError(_NOT_HERE.format("quantize"))
+class Triton:
+    """The products by the Triton kernels.
 
-
-def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
-    """NotImplementedError: it is not part of this implementation."""
-    raise NotImplementedError(_NOT_HERE.format("dequantize"))
-
-
-def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
-    """`x @ W.T + bias`: [M, K] -> [M, N] in x's dtype.
-
-    Served are nf4 and fp4, every block size, every float dtype, plain and nested scales, any M and
-    N, and any K that is a multiple of the block size.
-
-    Raises:
-      NotImplementedError: another K, or no jax-triton that works; when the program is lowered, a
-        platform other than CUDA.
+    They serve every quant type, block size and float dtype, plain and nested scales, any M and N,
+    and any K that is a multiple of the block size. They need a jax-triton that works and, when the
+    program is lowered, CUDA.
     """
-    return _product("linear", spec, x, arrays, bias)
+
+    name = "triton"
+
+    def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
+        """Raise NotImplementedError: there is no such kernel."""
+        raise NotImplementedError(_UNSUPPORTED.format("quantize"))
+
+    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
+        """Return the 8-bit codes, nested scales and offset of plain scales, in plain XLA."""
+        return blockwise.double_quantize(absmax)
+
+    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
+        """Raise NotImplementedError: there is no such kernel."""
+        raise NotImplementedError(_UNSUPPORTED.format("dequantize"))
+
+    def linear(
+        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+    ) -> Array:
+        """Return `x @ W.T + bias`."""
+        self._check(spec)
+        if not x.shape[0]:
+            return jnp.zeros((0, spec.shape[0]), x.dtype)
+        return kernel_call("triton", _launch().linear, x, arrays, bias, spec=spec)
+
+    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+        """Return `g @ W`."""
+        self._check(spec)
+        if not g.shape[0]:
+            return jnp.zeros((0, spec.shape[1]), g.dtype)
+        return kernel_call("triton", _launch().linear_transpose, g, arrays, spec=spec)
+
+    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
+        """Return False: `implementation=None` never takes it."""
+        return False
+
+    def _check(self, spec: QuantSpec) -> None:
+        check()
+        check_rows("triton", spec)
 
 
-def transposed(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
-    """`g @ W`: [M, N] -> [M, K] in g's dtype; as `linear`."""
-    return _product("transposed", spec, g, arrays)
-
-
-def _product(operation: str, spec: QuantSpec, x: Array, *weight: Any) -> Array:
-    backend.check()
-    check_rows("triton", spec)
-    if not x.shape[0]:
-        return jnp.zeros((0, spec.shape[operation == "transposed"]), x.dtype)
-    launch = importlib.import_module("q4jax.triton.launch")
-    return kernel_call("triton", getattr(launch, operation), x, *weight, spec=spec)
+def _launch() -> Any:
+    """The module that imports jax-triton, which may be missing."""
+    return importlib.import_module("q4jax.triton.launch")

@@ -17,7 +17,7 @@ from q4jax.triton.weight_tile import (
 
 
 @triton.jit
-def transposed(g, packed, absmax, nested, offset, dynamic_map, m, dx, PLAN: tl.constexpr):
+def linear_transpose(g, packed, absmax, nested, offset, dynamic_map, m, dx, PLAN: tl.constexpr):
     """A program computes `tile.m` x `tile.k` outputs over its share of N.
 
     It has a sum for each half of the tile.

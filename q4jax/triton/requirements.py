@@ -1,4 +1,4 @@
-"""Whether jax-triton is here and works."""
+"""Whether jax-triton is installed and works."""
 
 import functools
 import importlib.metadata
@@ -15,7 +15,7 @@ _FIRST_WITH_JAX_0_12 = (0, 4, 2)
 
 
 def check() -> None:
-    """NotImplementedError, with the reason, where no Triton kernel can be compiled."""
+    """Raise NotImplementedError, with the reason, where no Triton kernel can be compiled."""
     if reason := _missing():
         raise NotImplementedError(
             f"implementation='triton' {reason}; 'pallas', 'xla' and None do without"
@@ -25,7 +25,7 @@ def check() -> None:
 
 @functools.cache
 def _missing() -> str:
-    """What of jax-triton is missing; nothing is imported to find it."""
+    """Return the missing requirement, or an empty text, without importing jax-triton."""
     if sys.version_info < (3, 12):
         return f"needs jax-triton, which needs Python 3.12; this is {sys.version.split()[0]}"
     try:

@@ -1,6 +1,6 @@
 """A 4-bit weight inside a Triton kernel: loaded, masked and decoded, as in the Pallas kernels.
 
-`PLAN` is a `plan.Plan`, and its `tiling` is `q4jax.pallas.weight.Tiling`.
+`PLAN` is a `constants.KernelConstants`.
 """
 
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from q4jax.core import codebooks
 from q4jax.gpu import ptx_decode as decode
-from q4jax.pallas.weight_tile import HALF as HALF_WIDTH
+from q4jax.gpu.tiling import HALF as HALF_WIDTH
 
 SCALE_ASM = tl.constexpr(decode.SCALE_ASM)
 TABLE_WORDS = tl.constexpr(decode.TABLE_WORDS)
@@ -18,25 +18,25 @@ NESTED_BLOCKSIZE = tl.constexpr(codebooks.NESTED_BLOCKSIZE)
 
 @triton.constexpr_function
 def table_word_asm(plan, part, word):
-    """`Plan.table_word_asm`."""
+    """`KernelConstants.table_word_asm`."""
     return plan.table_word_asm(part, word)
 
 
 @triton.constexpr_function
 def pair_asm(plan, byte):
-    """`Plan.pair_asm`."""
+    """`KernelConstants.pair_asm`."""
     return plan.pair_asm(byte)
 
 
 @triton.constexpr_function
 def stride(plan, name):
-    """`Plan.stride`."""
+    """`KernelConstants.stride`."""
     return plan.stride(name)
 
 
 @triton.jit
 def load(pointers, mask):
-    """What the pointers point at, 0 where masked."""
+    """Load from pointers; 0 where masked."""
     return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
 
 
@@ -51,7 +51,7 @@ def below(index, limit, MATTERS: tl.constexpr, mask):
 
 @triton.jit
 def first_row(number, SIZE: tl.constexpr, rows):
-    """Where the tile of this number begins.
+    """Return the first row of the tile with this number.
 
     The last one ends with the rows, and shares some with the one before it: both programs store
     the same values there. Only rows that are fewer than a tile's are masked.

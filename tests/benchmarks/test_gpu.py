@@ -40,7 +40,7 @@ def test_dry_run(tmp_path, capsys):
     assert not results["dropped"]
     assert not results["timing_failures"]
     rows = {(row["operation"], row["m"]): row for row in results["rows"]}
-    products = [(name, m) for name in ("linear", "transposed") for m in (1, 5)]
+    products = [(name, m) for name in ("linear", "linear_transpose") for m in (1, 5)]
     assert set(rows) == {*products, ("dequantize", 0), ("quantize", 0)}
     for row in rows.values():
         assert set(row) == ROW_KEYS
@@ -48,7 +48,7 @@ def test_dry_run(tmp_path, capsys):
         assert set(row["fraction_of_floor"]) == set(row["us"])
     others = {"dense", "dequantize + dot", "xla"}
     assert set(rows["linear", 5]["against"]) == others
-    assert set(rows["transposed", 1]["against"]) == {*others, "dense by XLA"}
+    assert set(rows["linear_transpose", 1]["against"]) == {*others, "dense by XLA"}
     [goal] = rows["linear", 1]["goals"]
     assert (goal["metric"], goal["floor"], goal["aim"]) == ("x dense", 2.2, 2.7)
     assert goal["verdict"] in ("aim", "floor", "missed")
@@ -89,7 +89,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(
         timings, "_measure", lambda bench, batch, times: batches.extend(batch) or []
     )
-    rows = [goals.Row("linear", 64, 128, 8), goals.Row("transposed", 64, 128, 8)]
+    rows = [goals.Row("linear", 64, 128, 8), goals.Row("linear_transpose", 64, 128, 8)]
     timings.measure_rows(fake_bench(), rows, ["triton"], {("pallas", "linear")})
     assert batches == [
         (rows[0], ["dense", "triton", "dequantize + dot"]),
@@ -126,7 +126,7 @@ def test_order_of_rows():
     assert len(rows) == len(set(rows)) == 7 * (13 * 2 + 2)
     assert rows[0] == goals.Row("linear", 4096, 4096, 1)
     assert rows.index(goals.Row("linear", 28672, 8192, 1)) < 10
-    assert rows[-1] == goals.Row("transposed", 4096, 11008, 2)
+    assert rows[-1] == goals.Row("linear_transpose", 4096, 11008, 2)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_each_call_waits_for_the_one_before():
 
 
 def test_a_tile_is_tried_without_being_in_the_table():
-    chosen = tiles.choose("linear", 8, (64, 128), "bfloat16")
+    chosen = tiles.choose(8, (64, 128), "bfloat16", transpose=False)
     with tiles.override(TILE):
-        tried = tiles.choose("linear", 8, (64, 128), "bfloat16")
+        tried = tiles.choose(8, (64, 128), "bfloat16", transpose=False)
     assert (tried.m, tried.n, tried.k, tried.warps) == (32, 32, 64, 4)
-    assert chosen == tiles.choose("linear", 8, (64, 128), "bfloat16") != tried
+    assert chosen == tiles.choose(8, (64, 128), "bfloat16", transpose=False) != tried
 
 
 def test_table_is_written_as_it_is_laid_out(tmp_path):
@@ -234,7 +234,7 @@ def test_table_is_written_as_it_is_laid_out(tmp_path):
     assert tiles.crossover("linear", "bfloat16") == table["crossover"]["linear"]["16 bits"]
 
 
-@pytest.mark.parametrize("operation", ["linear", "transposed"])
+@pytest.mark.parametrize("operation", ["linear", "linear_transpose"])
 @pytest.mark.parametrize("dtype_class", ["16 bits", "float32"])
 @pytest.mark.parametrize("last_m", [16, 32, 64, 2**20])
 def test_grids_are_small_and_serve_their_rows(operation, dtype_class, last_m):

@@ -11,7 +11,7 @@ from hypothesis import given
 import q4jax
 from q4jax import Params4bit, QuantSpec
 from q4jax.core import blockwise
-from q4jax.xla import matmul as xla
+from q4jax.xla.quantize import quantize_rows
 from tests.support import oracle
 from tests.support.vectors import DYNAMIC_MAP
 
@@ -125,7 +125,7 @@ def test_tiles_of_rows_are_the_reference(n, quant_type, rng):
     w.ravel()[64:128] = 0 if n > 1 else -0.0
     w.ravel()[0:32] *= 1e-40  # blocks of subnormals
     spec = QuantSpec.from_shape(w.shape, "float32", quant_type, 32, False)
-    rows = jax.jit(lambda w: xla.quantize_rows(w, quant_type=quant_type, blocksize=32))(w)
+    rows = jax.jit(lambda w: quantize_rows(w, quant_type=quant_type, blocksize=32))(w)
     flat = jax.jit(lambda w: blockwise.quantize_flat(w, spec))(w)
     for a, b in zip(rows, flat, strict=True):
         assert_same(np.ravel(a), np.asarray(b))

@@ -50,11 +50,11 @@ def cases() -> list[Case]:
             (False, True), ((1, 70, many), (17, 64, few), (3, 129, many))
         ):
             found.append(Case("linear", *base, nested, n, k, m, bias=m != 17))
-            found.append(Case("transposed", *base, nested, n, k, m))
+            found.append(Case("linear_transpose", *base, nested, n, k, m))
     for dtype, nested, m in itertools.product(
         DTYPES, (False, True), (8, 16, 31, 33, 64, 65, 130, 200)
     ):
         found.append(Case("linear", dtype, "nf4", 64, nested, 130, 576, m, bias=True))
-        found.append(Case("transposed", dtype, "nf4", 64, nested, 130, 576, m))
+        found.append(Case("linear_transpose", dtype, "nf4", 64, nested, 130, 576, m))
     random.Random(0).shuffle(found)
     return found

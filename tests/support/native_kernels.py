@@ -19,7 +19,7 @@ def in_every_isa(function, *args):
     """What the jitted function returns in each instruction set; it is compiled once."""
     function = jax.jit(function)
     for isa in ISAS:
-        with library.forced(isa):
+        with library.use_isa(isa):
             yield jax.block_until_ready(function(*args))
 
 
@@ -29,7 +29,7 @@ def linear(weight):
 
 
 def transposed(weight):
-    return functools.partial(ops.transposed, **settings(weight))
+    return functools.partial(ops.linear_transpose, **settings(weight))
 
 
 def settings(weight):

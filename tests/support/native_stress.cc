@@ -9,10 +9,11 @@
 #include <thread>
 #include <vector>
 
-#include "choice.h"
+#include "isa_dispatch.h"
 #include "double_quantize.h"
 
-extern "C" bool q4jax_set_tables(const void*, size_t);
+extern "C" bool q4jax_set_scale_table(const void*, size_t);
+extern "C" int64_t q4jax_add_code_table(const void*, size_t);
 extern "C" bool q4jax_select(const char*);
 extern "C" const char* q4jax_isa(int);
 
@@ -83,21 +84,22 @@ struct Bytes {
 
 void one(Threads& pool, int64_t n, int64_t k, int64_t blocksize, int64_t m, Dtype dtype) {
   const int64_t size = q4jax::size_of(dtype), blocks = n * k / blocksize;
-  const q4jax::Tables& t = q4jax::tables();
+  const q4jax::CodeTable &nf4 = *q4jax::code_table(0), &fp4 = *q4jax::code_table(1);
+  const q4jax::ScaleTable& scales = q4jax::scale_table();
   const q4jax::Kernels& kernels = q4jax::chosen_kernels();
   Bytes w(n * k * size), packed(n * k / 2), absmax(blocks * 4), codes(blocks), offset(4);
   Bytes nested((blocks + 255) / 256 * 4), x(m * k * size), y(m * n * size), bias(n * size);
-  kernels.quantize({dtype, w.data, n * k, blocksize, t.thresholds[0], t.sorted_codes[0],
+  kernels.quantize({dtype, w.data, n * k, blocksize, nf4.thresholds, nf4.sorted_codes,
                     packed.data, absmax.as<float>()},
                    pool);
-  q4jax::double_quantize({absmax.as<float>(), blocks, t.dynamic_thresholds, codes.data,
+  q4jax::double_quantize({absmax.as<float>(), blocks, scales.dynamic_thresholds, codes.data,
                           nested.as<float>(), offset.as<float>()},
                          pool);
   for (const float* plain : {absmax.as<float>(), static_cast<float*>(nullptr)}) {
     const q4jax::Weight weight = {
         packed.data,
-        {plain, codes.data, nested.as<float>(), *offset.as<float>(), t.dynamic_map},
-        t.code[0], n, k, blocksize};
+        {plain, codes.data, nested.as<float>(), *offset.as<float>(), scales.dynamic_map},
+        nf4.code, n, k, blocksize};
     kernels.linear({weight, dtype, dtype, x.data, plain ? bias.data : nullptr, y.data, m}, pool);
     kernels.transposed({weight, dtype, dtype, y.data, nullptr, x.data, m}, pool);
     kernels.dequantize({weight, dtype, w.data}, pool);
@@ -105,7 +107,7 @@ void one(Threads& pool, int64_t n, int64_t k, int64_t blocksize, int64_t m, Dtyp
   // A partial last block, and an odd number of elements.
   const int64_t odd = n * k - blocksize / 2 - 1;
   Bytes part(odd * size), half((odd + 1) / 2);
-  kernels.quantize({dtype, part.data, odd, blocksize, t.thresholds[1], t.sorted_codes[1],
+  kernels.quantize({dtype, part.data, odd, blocksize, fp4.thresholds, fp4.sorted_codes,
                     half.data, absmax.as<float>()},
                    pool);
 }
@@ -113,11 +115,16 @@ void one(Threads& pool, int64_t n, int64_t k, int64_t blocksize, int64_t m, Dtyp
 }  // namespace
 
 int main(int, char** arguments) {
-  std::vector<char> tables(sizeof(q4jax::Tables));
+  q4jax::CodeTable codes[2];
+  q4jax::ScaleTable scales;
   std::FILE* file = std::fopen(arguments[1], "rb");
-  if (!file || std::fread(tables.data(), 1, tables.size(), file) != tables.size()) return 2;
+  if (!file || std::fread(codes, sizeof codes, 1, file) != 1) return 2;
+  if (std::fread(&scales, sizeof scales, 1, file) != 1) return 2;
   std::fclose(file);
-  if (!q4jax_set_tables(tables.data(), tables.size())) return 2;
+  for (const q4jax::CodeTable& table : codes) {
+    if (q4jax_add_code_table(&table, sizeof table) < 0) return 2;
+  }
+  if (!q4jax_set_scale_table(&scales, sizeof scales)) return 2;
   Threads pool(3);
   for (int i = 0; const char* isa = q4jax_isa(i); ++i) {
     q4jax_select(isa);

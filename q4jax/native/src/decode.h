@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "problem.h"
+#include "kernel_args.h"
 #include "scales.h"
 
 namespace q4jax {
@@ -11,8 +11,8 @@ namespace {
 
 // Not std::min and std::max: a linker may keep the copy of a shared template that was compiled for
 // an instruction set this machine lacks.
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How rows are cut into chunks; the last one may be partial, and is filled with zeros.
@@ -69,7 +69,7 @@ inline void for_chunks(const Weight& w, const Chunks<I>& chunks, const uint8_t* 
   constexpr int64_t kBytes = I::kChunk / 2;
   int64_t c = begin;
   if (chunks.blocks > 1) {
-    const int64_t whole = smaller(end, w.k / I::kChunk);
+    const int64_t whole = min64(end, w.k / I::kChunk);
     for (; c < whole; ++c, scales += chunks.blocks) {
       decoder.scale(scales, chunks.blocks);
       f(c, I::load_bytes(row + c * kBytes));
@@ -89,7 +89,7 @@ inline void for_chunks(const Weight& w, const Chunks<I>& chunks, const uint8_t* 
     for (int64_t next = (c / chunks.per_block + 1) * chunks.per_block; c < end;
          next += chunks.per_block) {
       decoder.scale(*scales++);
-      for (const int64_t stop = smaller(next, end); c < stop; ++c) {
+      for (const int64_t stop = min64(next, end); c < stop; ++c) {
         f(c, I::load_bytes(row + c * kBytes));
       }
     }

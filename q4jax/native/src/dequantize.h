@@ -18,7 +18,7 @@ class Dequantize {
     const int64_t step = 4096 / I::kChunk, steps = ceil_div(chunks.count, step);
     parallel(pool, w.n * steps, [&](int64_t task) {
       const int64_t n = task / steps, begin = task % steps * step;
-      const int64_t end = smaller(chunks.count, begin + step);
+      const int64_t end = min64(chunks.count, begin + step);
       float scales[4096 / 32];
       row_scales<I>(w, chunks, n, begin, end, scales);
       auto decoder = fresh;
@@ -29,7 +29,7 @@ class Dequantize {
                    float decoded[I::kChunk], ordered[I::kChunk];
                    for (int r = 0; r < kVectors<I>; ++r) I::store(decoded + r * I::kLanes, v[r]);
                    reorder<I>([&](int i, int element) { ordered[element] = decoded[i]; });
-                   const int64_t k = c * I::kChunk, have = smaller(I::kChunk, w.k - k);
+                   const int64_t k = c * I::kChunk, have = min64(I::kChunk, w.k - k);
                    for (int64_t i = 0; i < have; i += I::kLanes) {
                      I::template narrow<D>(I::load(ordered + i), d.w, n * w.k + k + i);
                    }

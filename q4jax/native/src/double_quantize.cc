@@ -34,7 +34,7 @@ uint8_t interval(float value, const float* thresholds) {
 }
 
 void block(const ScaleQuantization& q, float offset, int64_t b) {
-  const int64_t begin = b * kNestedBlocksize, count = smaller(kNestedBlocksize, q.size - begin);
+  const int64_t begin = b * kNestedBlocksize, count = min64(kNestedBlocksize, q.size - begin);
   float centred[kNestedBlocksize];
   uint32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -61,7 +61,7 @@ void double_quantize(const ScaleQuantization& q, Pool& pool) {
   });
   const int64_t blocks = ceil_div(q.size, kNestedBlocksize), step = 64;
   parallel(pool, ceil_div(blocks, step), [&](int64_t task) {
-    for (int64_t b = task * step; b < smaller(blocks, (task + 1) * step); ++b) {
+    for (int64_t b = task * step; b < min64(blocks, (task + 1) * step); ++b) {
       block(q, *q.offset, b);
     }
   });

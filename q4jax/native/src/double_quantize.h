@@ -1,7 +1,7 @@
 // Double quantization: 8-bit codes of scales, as q4jax/blockwise.py defines them.
 #pragma once
 
-#include "problem.h"
+#include "kernel_args.h"
 
 namespace q4jax {
 

@@ -4,9 +4,9 @@
 #include <new>
 #include <string>
 
-#include "choice.h"
+#include "isa_dispatch.h"
 #include "double_quantize.h"
-#include "problem.h"
+#include "kernel_args.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -72,7 +72,8 @@ Weight weight_of(ffi::AnyBuffer packed, ffi::AnyBuffer absmax, ffi::AnyBuffer ne
     why = reason;
     return Weight{};
   };
-  if (quant_type != 0 && quant_type != 1) return refuse("quant_type must be 0 or 1");
+  const CodeTable* table = code_table(quant_type);
+  if (!table) return refuse("no such quant_type");
   if (!allowed_blocksize(blocksize)) return refuse("invalid blocksize");
   if (packed.element_type() != ffi::DataType::U8) return refuse("packed must be uint8");
   if (packed.dimensions().size() != 2) return refuse("packed must have two axes");
@@ -94,8 +95,8 @@ Weight weight_of(ffi::AnyBuffer packed, ffi::AnyBuffer absmax, ffi::AnyBuffer ne
           {nested ? nullptr : static_cast<const float*>(absmax.untyped_data()),
            static_cast<const uint8_t*>(absmax.untyped_data()),
            static_cast<const float*>(nested_absmax.untyped_data()),
-           *static_cast<const float*>(offset.untyped_data()), tables().dynamic_map},
-          tables().code[quant_type],
+           *static_cast<const float*>(offset.untyped_data()), scale_table().dynamic_map},
+          table->code,
           n,
           k,
           blocksize};
@@ -148,7 +149,8 @@ ffi::Error dequantize(ffi::ThreadPool threads, ffi::AnyBuffer packed, ffi::AnyBu
 
 ffi::Error quantize(ffi::ThreadPool threads, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> packed,
                     ffi::Result<ffi::AnyBuffer> absmax, int64_t quant_type, int64_t blocksize) {
-  if (quant_type != 0 && quant_type != 1) return invalid("quant_type must be 0 or 1");
+  const CodeTable* table = code_table(quant_type);
+  if (!table) return invalid("no such quant_type");
   if (!allowed_blocksize(blocksize)) return invalid("invalid blocksize");
   Quantization q;
   if (!dtype_of(w, q.dtype)) return invalid("w must be a float of 16 or 32 bits");
@@ -163,8 +165,8 @@ ffi::Error quantize(ffi::ThreadPool threads, ffi::AnyBuffer w, ffi::Result<ffi::
   q.w = w.untyped_data();
   q.size = size;
   q.blocksize = blocksize;
-  q.thresholds = tables().thresholds[quant_type];
-  q.sorted_codes = tables().sorted_codes[quant_type];
+  q.thresholds = table->thresholds;
+  q.sorted_codes = table->sorted_codes;
   q.packed = static_cast<uint8_t*>(packed->untyped_data());
   q.absmax = static_cast<float*>(absmax->untyped_data());
   FfiPool pool(threads);
@@ -191,7 +193,7 @@ ffi::Error quantize_scales(ffi::ThreadPool threads, ffi::AnyBuffer absmax,
   }
   const ScaleQuantization q = {static_cast<const float*>(absmax.untyped_data()),
                                size,
-                               tables().dynamic_thresholds,
+                               scale_table().dynamic_thresholds,
                                static_cast<uint8_t*>(codes->untyped_data()),
                                static_cast<float*>(nested_absmax->untyped_data()),
                                static_cast<float*>(offset->untyped_data())};

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "numbers.h"
+#include "half_float.h"
 
 namespace q4jax {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "isa_avx512.h"
-#include "tile.h"
+#include "microkernel.h"
 
 namespace q4jax {
 namespace {

@@ -1,7 +1,7 @@
 // What the kernels need of an instruction set, in plain C++: slow, and what the others are held to.
 #pragma once
 
-#include "numbers.h"
+#include "half_float.h"
 
 namespace q4jax {
 namespace {

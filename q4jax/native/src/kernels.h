@@ -4,7 +4,7 @@
 #include "dequantize.h"
 #include "linear.h"
 #include "quantize.h"
-#include "transposed.h"
+#include "linear_transpose.h"
 
 namespace q4jax {
 namespace {

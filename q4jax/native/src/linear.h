@@ -5,7 +5,7 @@
 #include "decode.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "tile.h"
+#include "microkernel.h"
 
 namespace q4jax {
 namespace {
@@ -25,17 +25,17 @@ class Linear {
   static void run(const Product& p, Pool& pool) {
     OneThread serial;
     Pool& used = p.weight.n * p.weight.k * p.m < kSerial ? serial : pool;
-    if (p.m <= kMostDots) {
-      dots(p, used);
+    if (p.m <= kGemvRows) {
+      gemv(p, used);
     } else {
-      panels(p, used);
+      gemm(p, used);
     }
   }
 
  private:
   using V = typename I::V;
   using Decoder = typename I::template Decoder<D>;
-  static constexpr int kMostDots = 8, kPass = 8;
+  static constexpr int kGemvRows = 8, kPass = 8;
   static constexpr int64_t kGroup = 16;            // rows of the weight to a task
   static constexpr int64_t kCached = 256 * 1024;  // bytes of x that stay in the second cache
   using Factors = typename FactorsOf<I, D>::Type;
@@ -54,11 +54,11 @@ class Linear {
   // registers is several sums already.
   static constexpr int sums(int m) {
     constexpr int registers = sizeof(V) / alignof(V);
-    return int(larger((m <= 2 ? 4 : m <= 5 ? 2 : 1) / registers, 1));
+    return int(max64((m <= 2 ? 4 : m <= 5 ? 2 : 1) / registers, 1));
   }
 
   // x is laid out as [pass][chunk][row of the pass][kChunk], in the order of decoded chunks.
-  static void dots(const Product& p, Pool& pool) {
+  static void gemv(const Product& p, Pool& pool) {
     const Weight& w = p.weight;
     const Chunks<I> chunks(w);
     const int64_t padded = chunks.count * I::kChunk;
@@ -66,7 +66,7 @@ class Linear {
     const Scratch x(size_t(p.m * padded) * 4);
     OneThread serial;
     parallel(p.m * w.k < (1 << 15) ? serial : pool, p.m, [&](int64_t m) {
-      const int64_t first = m / rows * rows, count = smaller(rows, p.m - first);
+      const int64_t first = m / rows * rows, count = min64(rows, p.m - first);
       for (int64_t c = 0; c < chunks.count; ++c) {
         float wide[I::kChunk];
         load_chunk(p, m, c, wide);
@@ -76,30 +76,30 @@ class Linear {
     });
     const Decoder decoder(w.code);
     parallel(pool, ceil_div(w.n, kGroup), [&](int64_t task) {
-      const int64_t begin = task * kGroup, end = smaller(w.n, begin + kGroup);
+      const int64_t begin = task * kGroup, end = min64(w.n, begin + kGroup);
       const Scratch scales(size_t(kGroup * chunks.scales()) * 4);
       for (int64_t n = begin; n < end; ++n) {
         row_scales<I>(w, chunks, n, 0, chunks.count,
                       scales.floats() + (n - begin) * chunks.scales());
       }
       for (int64_t m = 0; m < p.m; m += rows) {
-        const Dots d = {p, chunks, decoder, begin, end, scales.floats(), m,
+        const Gemv d = {p, chunks, decoder, begin, end, scales.floats(), m,
                         x.floats() + m * padded};
-        some_dots<kPass>(smaller(rows, p.m - m), d);
+        gemv_up_to<kPass>(min64(rows, p.m - m), d);
       }
     });
   }
 
   // Elements of a chunk of row m of x, zeros behind the last.
   static void load_chunk(const Product& p, int64_t m, int64_t chunk, float* out) {
-    const int64_t k0 = chunk * I::kChunk, have = smaller(I::kChunk, p.weight.k - k0);
+    const int64_t k0 = chunk * I::kChunk, have = min64(I::kChunk, p.weight.k - k0);
     for (int64_t i = 0; i < I::kChunk; i += I::kLanes) {
       I::store(out + i, i < have ? I::template widen<D>(p.x, m * p.weight.k + k0 + i) : I::zero());
     }
   }
 
   // What makes y[m : m + M, begin : end].
-  struct Dots {
+  struct Gemv {
     const Product& p;
     const Chunks<I>& chunks;
     const Decoder& decoder;
@@ -109,26 +109,26 @@ class Linear {
     const float* x;
   };
 
-  // dots_of<count>, for 1 <= count <= M.
+  // gemv_rows<count>, for 1 <= count <= M.
   template <int M>
-  static void some_dots(int64_t count, const Dots& d) {
+  static void gemv_up_to(int64_t count, const Gemv& d) {
     if (count == M) {
-      dots_of<M>(d);
+      gemv_rows<M>(d);
     } else if constexpr (M > 1) {
-      some_dots<M - 1>(count, d);
+      gemv_up_to<M - 1>(count, d);
     }
   }
 
   template <int M>
-  static void dots_of(const Dots& d) {
+  static void gemv_rows(const Gemv& d) {
     constexpr int kSums = sums(M);
     const Product& p = d.p;
     const Weight& w = p.weight;
-    const int64_t part = larger(kCached / (4 * M * I::kChunk), 1);  // chunks, for all rows
+    const int64_t part = max64(kCached / (4 * M * I::kChunk), 1);  // chunks, for all rows
     alignas(64) float partial[kGroup][M][kSums][I::kLanes];
     Decoder decoder = d.decoder;
     for (int64_t c0 = 0; c0 < d.chunks.count; c0 += part) {
-      const int64_t c1 = smaller(d.chunks.count, c0 + part);
+      const int64_t c1 = min64(d.chunks.count, c0 + part);
       for (int64_t n = d.begin; n < d.end; ++n) {
         V sum[M][kSums];
         for (int m = 0; m < M; ++m) {
@@ -138,7 +138,7 @@ class Linear {
         }
         const float* scales =
             d.scales + (n - d.begin) * d.chunks.scales() + d.chunks.first_scale(c0);
-        const uint8_t* ahead = w.packed + smaller(n + kAhead / 2, w.n - 1) * (w.k / 2);
+        const uint8_t* ahead = w.packed + min64(n + kAhead / 2, w.n - 1) * (w.k / 2);
         for_chunks(w, d.chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) Q4JAX_INLINE {
                      const float* x = d.x + c * M * I::kChunk;
@@ -176,7 +176,7 @@ class Linear {
   }
 
   // x.T in panels of kWidth columns, [panel][words of the chunks][kWidth], then tiles of W.
-  static void panels(const Product& p, Pool& pool) {
+  static void gemm(const Product& p, Pool& pool) {
     const Weight& w = p.weight;
     const Chunks<I> chunks(w);
     const int64_t padded = chunks.count * kWords, count = ceil_div(p.m, kWidth);
@@ -185,17 +185,17 @@ class Linear {
     const int64_t steps = ceil_div(chunks.count, step);
     parallel(pool, count * steps, [&](int64_t task) {
       const int64_t panel = task / steps, c0 = task % steps * step;
-      const int64_t rows = smaller(kWidth, p.m - panel * kWidth);
-      for (int64_t c = c0; c < smaller(chunks.count, c0 + step); ++c) {
+      const int64_t rows = min64(kWidth, p.m - panel * kWidth);
+      for (int64_t c = c0; c < min64(chunks.count, c0 + step); ++c) {
         pack_chunk(p, panel * kWidth, rows, c,
                    x.floats() + (panel * padded + c * kWords) * kWidth);
       }
     });
     // All of x is read for each tile: large ones, but several for each thread.
     const int64_t shared = w.n / (8 * pool.threads()) / kLeastTile * kLeastTile;
-    const int64_t size = smaller(larger(shared, kLeastTile), kLargestTile);
+    const int64_t size = min64(max64(shared, kLeastTile), kLargestTile);
     parallel(pool, ceil_div(w.n, size), [&](int64_t task) {
-      tile(p, chunks, task * size, smaller(w.n, (task + 1) * size), x.floats());
+      tile(p, chunks, task * size, min64(w.n, (task + 1) * size), x.floats());
     });
   }
 
@@ -219,12 +219,12 @@ class Linear {
     const Scratch y(size_t(count * size * kWidth) * 4);  // [panel][n][kWidth]
     Decoder decoder(w.code);
     for (int64_t c0 = 0; c0 < chunks.count; c0 += kSteps) {
-      const int64_t c1 = smaller(chunks.count, c0 + kSteps);
+      const int64_t c1 = min64(chunks.count, c0 + kSteps);
       for (int64_t n = begin; n < end; ++n) {
         float scales[kSteps * I::kChunk / 32];
         row_scales<I>(w, chunks, n, c0, c1, scales);
         float* out = weight.floats() + (n - begin) * kDepth;
-        const uint8_t* ahead = w.packed + smaller(n + kAhead, w.n - 1) * (w.k / 2);
+        const uint8_t* ahead = w.packed + min64(n + kAhead, w.n - 1) * (w.k / 2);
         for (int64_t c = c0; c < c1; c += 128 / I::kChunk) I::prefetch(ahead + c * I::kChunk / 2);
         for_chunks(w, chunks, w.packed + n * (w.k / 2), c0, c1, scales, decoder,
                    [&](int64_t c, typename I::Bytes bytes) {
@@ -236,7 +236,7 @@ class Linear {
       for (int64_t panel = 0; panel < count; ++panel) {
         const float* b = x + (panel * padded + c0 * kWords) * kWidth;
         for (int64_t r = 0; r < end - begin; r += I::kRows) {
-          Tiles::template add<false>(smaller(I::kRows, end - begin - r),
+          Tiles::template add<false>(min64(I::kRows, end - begin - r),
                                      weight.floats() + r * kDepth, b, (c1 - c0) * kWords,
                                      y.floats() + (panel * size + r) * kWidth, c0 == 0);
         }

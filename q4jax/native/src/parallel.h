@@ -1,7 +1,7 @@
 // Runs the tasks of a loop on a pool and on the calling thread.
 #pragma once
 
-#include "problem.h"
+#include "kernel_args.h"
 
 namespace q4jax {
 

@@ -13,12 +13,12 @@ class Quantize {
  public:
   static void run(const Quantization& q, Pool& pool) {
     const int64_t blocks = ceil_div(q.size, q.blocksize);
-    const int64_t step = larger(kElements / q.blocksize, 1);
+    const int64_t step = max64(kElements / q.blocksize, 1);
     parallel(pool, ceil_div(blocks, step), [&](int64_t task) {
       const typename I::Encoder encoder(q.thresholds, q.sorted_codes);
-      const int64_t end = smaller(blocks, (task + 1) * step);
+      const int64_t end = min64(blocks, (task + 1) * step);
       for (int64_t b = task * step; b < end; ++b) {
-        const int64_t begin = b * q.blocksize, count = smaller(q.blocksize, q.size - begin);
+        const int64_t begin = b * q.blocksize, count = min64(q.blocksize, q.size - begin);
         if (count == q.blocksize) {
           full(q, encoder, b);
         } else {

@@ -1,8 +1,8 @@
 // Float32 scales of a run of blocks.
 #pragma once
 
-#include "numbers.h"
-#include "problem.h"
+#include "half_float.h"
+#include "kernel_args.h"
 
 namespace q4jax {
 namespace {

@@ -33,8 +33,8 @@ ALU = ("PRMT", "SHF", "LOP3", "F2FP", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "
 REGISTERS = {
     ("linear", 2): 250,
     ("linear", 4): 240,
-    ("transposed", 2): 208,
-    ("transposed", 4): 136,
+    ("linear_transpose", 2): 208,
+    ("linear_transpose", 4): 136,
     ("dequantize", 2): 64,
     ("dequantize", 4): 96,
     ("quantize", 2): 208,
@@ -88,7 +88,7 @@ def test_loads_of_16_bytes(gpu):
         kernel = kernel_of(gpu, cell)
         wide = kernel.count("LDGSTS.E.BYPASS.128") + kernel.count("LDG.E.128")
         assert wide, cell
-        if cell.operation in ("linear", "transposed"):
+        if cell.operation in ("linear", "linear_transpose"):
             assert kernel.count("LDGSTS.E.BYPASS.128") == wide, cell
         if cell.operation in ("quantize", "dequantize"):
             assert kernel.count("STG.E.128"), cell
@@ -96,7 +96,7 @@ def test_loads_of_16_bytes(gpu):
 
 def test_tensor_cores(gpu):
     for cell in CELLS:
-        if cell.operation not in ("linear", "transposed"):
+        if cell.operation not in ("linear", "linear_transpose"):
             continue
         kernel = kernel_of(gpu, cell)
         instructions = sum(kernel.count(n) for n in ("HMMA", "HGMMA", "UTCHMMA"))
@@ -141,4 +141,7 @@ def test_a_split_sum_is_one_small_kernel_more(gpu):
     for cell in CELLS:
         extra = {n: k for n, k in compiled(gpu)[cell.name].items() if not n.startswith("q4jax_")}
         extra = {n: k for n, k in extra.items() if not n.startswith("__cuda")}  # subroutines
-        assert len(extra) <= (1 if cell.operation in ("linear", "transposed") else 0), (cell, extra)
+        assert len(extra) <= (1 if cell.operation in ("linear", "linear_transpose") else 0), (
+            cell,
+            extra,
+        )

@@ -72,9 +72,9 @@ def test_status_and_forced():
     status = library.status()
     assert status.isa in status.available
     assert status.available[-1] == "portable"
-    with pytest.raises(ValueError, match="isa must be one of .*'sse9'"), library.forced("sse9"):
+    with pytest.raises(ValueError, match="isa must be one of .*'sse9'"), library.use_isa("sse9"):
         pass
-    with library.forced("portable"):
+    with library.use_isa("portable"):
         pass
 
 

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from q4jax.core.codebooks import CODEBOOKS
 from q4jax.native import library
 
 SOURCES = pathlib.Path(library.__file__).parent / "src"
@@ -19,7 +20,8 @@ compiler = shutil.which("g++")
 @pytest.mark.skipif(not SOURCES.exists(), reason="installed without the sources")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers(sanitizers, tmp_path):
-    (tmp_path / "tables").write_bytes(library.tables())
+    tables = [library.code_table(CODEBOOKS[name]) for name in ("nf4", "fp4")]
+    (tmp_path / "tables").write_bytes(b"".join([*tables, library.scale_table()]))
     sources = [p for p in SOURCES.glob("*.cc") if p.name != "ffi.cc"]
     flags = [
         *("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"),

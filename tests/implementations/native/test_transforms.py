@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 import q4jax
 from q4jax.native import implementation
+from q4jax.ops.registry import IMPLEMENTATIONS
 from tests.support.native_kernels import assert_product, in_use
 from tests.support.random_arrays import normal, random_weight
 
@@ -117,13 +118,9 @@ def test_what_is_not_served_is_left_to_xla():
 
 def test_the_table_decides(monkeypatch):
     monkeypatch.setattr(
-        implementation, "_table", lambda: {"avx2": {"linear": {"float32": 4}}, "portable": {}}
+        implementation, "_table", lambda: {q4jax.native.status().isa: {"linear": {"float32": 4}}}
     )
-    weight = random_weight((96, 128))
-    spec = weight.quant_state.spec
-    faster = implementation.where_faster
-    if q4jax.native.status().isa == "avx2":
-        faster.linear(normal(1, 4, 128), weight.arrays, None, spec=spec)
-    for refused in (normal(1, 5, 128), normal(1, 4, 128, dtype="bfloat16")):
-        with pytest.raises(NotImplementedError, match="XLA is faster at linear"):
-            faster.linear(refused, weight.arrays, None, spec=spec)
+    native = IMPLEMENTATIONS["native"]
+    assert native.is_preferred("linear", np.dtype("float32"), 4)
+    assert not native.is_preferred("linear", np.dtype("float32"), 5)
+    assert not native.is_preferred("linear", jnp.dtype("bfloat16"), 4)

@@ -174,7 +174,9 @@ def test_the_same_call_lowers_for_a_gpu(weight, name):
         warnings.simplefilter("error")
         text = lower_for_gpu(lambda w: CALLS[name](w, **GPU), weight)
     kernel = (
-        name.removesuffix("_4bit").replace("matmul", "linear").replace("gradient", "transposed")
+        name.removesuffix("_4bit")
+        .replace("matmul", "linear")
+        .replace("gradient", "linear_transpose")
     )
     assert f"q4jax_{kernel}" in text
     assert text.count("__gpu$xla.gpu.triton") == 1
@@ -239,6 +241,7 @@ def test_blocks_that_cross_rows(implementation):
 
 @pytest.mark.parametrize("capability", ["7.5", "6.0"])
 def test_an_old_gpu(weight, monkeypatch, capability):
+    jax.clear_caches()  # a trace of the same call would not look at the devices again
     old = types.SimpleNamespace(
         platform="gpu", compute_capability=capability, device_kind="Tesla T4"
     )
@@ -261,26 +264,24 @@ def test_a_jax_without_the_triton_backend(weight, monkeypatch):
 
 def test_tiles():
     """Every M has a tile; sums are split only where there are too few programs, and none idles."""
-    for operation in ("linear", "transposed"):
+    for transpose in (False, True):
         for dtype in ("float32", "bfloat16"):
             for m in (1, 16, 17, 64, 100, 4096, 10**7):
                 for shape in ((4096, 4096), (70, 64), (28672, 8192)):
-                    tile = tiles.choose(operation, m, shape, dtype)
-                    summed, step = (
-                        (shape[1], tile.k) if operation == "linear" else (shape[0], tile.n)
-                    )
+                    tile = tiles.choose(m, shape, dtype, transpose=transpose)
+                    summed, step = (shape[0], tile.n) if transpose else (shape[1], tile.k)
                     steps = -(-summed // step)
                     assert 1 <= tile.splits <= steps
                     assert (tile.splits - 1) * -(-steps // tile.splits) < steps
-    assert tiles.choose("linear", 1, (4096, 4096), "bfloat16").splits > 1
-    assert tiles.choose("linear", 4096, (4096, 4096), "bfloat16").splits == 1
+    assert tiles.choose(1, (4096, 4096), "bfloat16", transpose=False).splits > 1
+    assert tiles.choose(4096, (4096, 4096), "bfloat16", transpose=False).splits == 1
 
 
 def test_results_do_not_depend_on_the_run(weight):
     """Split sums are added in one order."""
     big = Params4bit.quantize(normal(0, 70, 4096), 64, True, "nf4")
     x = normal(1, 3, 4096)
-    assert tiles.choose("linear", 3, (70, 4096), "float32").splits > 1
+    assert tiles.choose(3, (70, 4096), "float32", transpose=False).splits > 1
     call = jax.jit(lambda x: q4jax.matmul_4bit(x, big, **KERNELS)).lower(x).compile(QUICK)
     np.testing.assert_array_equal(call(x), call(x))
     assert_product(call(x), x, np.asarray(big.dequantize()))

@@ -78,7 +78,7 @@ def check_linear(case):
     assert_product(found, x, expected, 0.0 if bias is None else bias)
 
 
-def check_transposed(case):
+def check_linear_transpose(case):
     weight, expected = weight_of(case)
     g = normal(1, case.m, case.n, dtype=case.dtype)
 
@@ -100,7 +100,7 @@ def check(case):
 
 def test_size_of_the_matrix():
     assert len(set(CASES)) == len(CASES) >= 1000
-    assert {c.operation for c in CASES} == {"quantize", "dequantize", "linear", "transposed"}
+    assert {c.operation for c in CASES} == {"quantize", "dequantize", "linear", "linear_transpose"}
 
 
 @pytest.mark.parametrize("case", CASES[:64], ids=lambda c: c.name)

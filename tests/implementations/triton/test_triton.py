@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import q4jax
-from q4jax.ops import registry as implementations
+from q4jax.ops.registry import IMPLEMENTATIONS
 from q4jax.triton import requirements as backend
-from q4jax.triton.constants import Plan
+from q4jax.triton.constants import KernelConstants
 
 works = pytest.mark.skipif(bool(backend._missing()), reason=f"it {backend._missing()}")
 compiles = pytest.mark.skipif(
@@ -244,7 +244,7 @@ _TRANSPOSED = [
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize(
     ("operation", "m", "n", "k", "blocksize", "nested", "dtype", "registers"),
-    [("linear", *case) for case in _LINEAR] + [("transposed", *case) for case in _TRANSPOSED],
+    [("linear", *case) for case in _LINEAR] + [("linear_transpose", *case) for case in _TRANSPOSED],
 )
 def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype, registers):
     from tests.support.gpu.triton_sass import kernels
@@ -253,7 +253,9 @@ def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype,
     x = jax.ShapeDtypeStruct((m, k if operation == "linear" else n), dtype)
 
     def function(x, arrays):
-        return implementations.call("triton", operation, x, arrays, *bias, spec=spec)
+        triton = IMPLEMENTATIONS["triton"]
+        product = triton.linear if operation == "linear" else triton.linear_transpose
+        return product(x, arrays, *bias, spec=spec)
 
     spec = weight.quant_state.spec
     bias = (None,) if operation == "linear" else ()
@@ -269,7 +271,8 @@ def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype,
     if operation == "linear":
         # Hopper and Blackwell have instructions of their own.
         assert capability < 90 or not kernel.opcodes["HMMA"]
-    plan = Plan.of(operation, m, spec, x.dtype, frozenset())
+    transpose = operation != "linear"
+    plan = KernelConstants.from_problem(m, spec, x.dtype, frozenset(), transpose=transpose)
     weights = plan.tile.n * plan.tile.k / (32 * plan.tile.warps)  # a thread's, in one step
     # On Blackwell a step stands twice in the code.
     copies = 2 if capability == 100 else 1

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import q4jax
+from q4jax.ops import registry
 from tests.support.meshes import AUTO, EXPLICIT, mesh_of, normal, place, put
 
 N, K = 480, 1536
@@ -111,18 +112,21 @@ def test_a_kernel_sees_its_shard(implementation, kind, monkeypatch):
     """An opaque kernel gets the shard of each device, in both directions, and nothing larger."""
     if implementation == "native" and q4jax.native.status().isa is None:
         pytest.skip("the native kernels are not built here")
-    from q4jax.ops import registry as implementations
-
     weight, seen = weight_of(), set()
-    original = implementations.call
+    chosen = type(registry.IMPLEMENTATIONS[implementation])
 
-    def spy(name, operation, *operands, spec):
-        x, arrays = operands[:2]
-        seen.add((operation, x.shape, arrays.packed.shape, arrays.absmax.shape, spec.nested))
-        return original(name, operation, *operands, spec=spec)
+    def spy(op):
+        original = getattr(chosen, op)
+
+        def call(self, x, arrays, *bias, spec):
+            seen.add((op, x.shape, arrays.packed.shape, arrays.absmax.shape, spec.nested))
+            return original(self, x, arrays, *bias, spec=spec)
+
+        monkeypatch.setattr(chosen, op, call)
 
     jax.clear_caches()
-    monkeypatch.setattr(implementations, "call", spy)
+    spy("linear")
+    spy("linear_transpose")
     mesh = mesh_of(kind, batch=2, part=4)
     # More elements than codes in both directions, or the compiler would rather move activations.
     x = jnp.tile(X, (1, 3, 1))
@@ -133,7 +137,7 @@ def test_a_kernel_sees_its_shard(implementation, kind, monkeypatch):
     rows, mine = x.shape[0] * x.shape[1] // 2, N // 4
     assert shards == {
         ("linear", (rows, K), (mine, K // 2), (mine, K // 64), False),
-        ("transposed", (rows, mine), (mine, K // 2), (mine, K // 64), False),
+        ("linear_transpose", (rows, mine), (mine, K // 2), (mine, K // 64), False),
     }
     monkeypatch.undo()
     jax.clear_caches()

@@ -115,7 +115,7 @@ def test_losses_are_those_of_one_device(sizes, alone):
     found, program = train(model, optimizer, mesh)
     np.testing.assert_allclose(found, losses, rtol=0, atol=1e-4)
     assert q4jax.fingerprint(model) == digest
-    for variable in jax.tree.leaves(nnx.state(model, q4jax.frozen.Frozen4bit)):
+    for variable in jax.tree.leaves(nnx.state(model, Frozen4bit)):
         assert variable.sharding.mesh == mesh, "still where it was"
 
     moved = collectives(program.as_text())

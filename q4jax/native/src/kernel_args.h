@@ -10,13 +10,19 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// The numbers of the formats; q4jax/codebooks.py hands them over when the library is loaded.
-struct Tables {
-  float code[2][16];             // nf4, fp4: what a 4-bit code decodes to
-  float thresholds[2][15];       // ascending
-  uint8_t sorted_codes[2][16];   // the code of each interval between thresholds
-  float dynamic_map[256];        // what an 8-bit code of a scale decodes to
-  float dynamic_thresholds[255];
+// A 4-bit format: q4jax/core/codebooks.py hands over each Codebook before its first use.
+struct CodeTable {
+  float code[16];            // what a 4-bit code decodes to
+  float thresholds[15];      // ascending
+  uint8_t sorted_codes[16];  // the code of each interval between thresholds
+};
+
+constexpr int64_t kMostCodeTables = 16;
+
+// The 8-bit format of double-quantized scales.
+struct ScaleTable {
+  float dynamic_map[256];         // what a code decodes to
+  float dynamic_thresholds[255];  // ascending
 };
 
 // Scales of blocks: float32, or with double quantization 8-bit codes of them.

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "problem.h"
+#include "kernel_args.h"
 
 // For what loops do with vectors: called, it would have them saved and loaded each time, and GCC
 // takes a prefetch out of a function that does nothing else.

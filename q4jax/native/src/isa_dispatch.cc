@@ -1,4 +1,4 @@
-#include "choice.h"
+#include "isa_dispatch.h"
 
 #include <atomic>
 #include <cstring>
@@ -10,7 +10,9 @@
 namespace q4jax {
 namespace {
 
-Tables stored;
+CodeTable code_tables[kMostCodeTables];
+std::atomic<int64_t> code_table_count{0};
+ScaleTable stored_scale_table;
 
 struct Isa {
   const char* name;
@@ -49,16 +51,28 @@ std::atomic<const Kernels*> chosen{&kPortable};
 
 }  // namespace
 
-const Tables& tables() { return stored; }
+const CodeTable* code_table(int64_t number) {
+  return number >= 0 && number < code_table_count ? &code_tables[number] : nullptr;
+}
+const ScaleTable& scale_table() { return stored_scale_table; }
 const Kernels& chosen_kernels() { return *chosen; }
 
 }  // namespace q4jax
 
 // Must be called once, with the size of the argument, before any operation.
-Q4JAX_EXPORT bool q4jax_set_tables(const void* tables, size_t size) {
-  if (size != sizeof q4jax::stored) return false;
-  std::memcpy(&q4jax::stored, tables, size);
+Q4JAX_EXPORT bool q4jax_set_scale_table(const void* table, size_t size) {
+  if (size != sizeof q4jax::stored_scale_table) return false;
+  std::memcpy(&q4jax::stored_scale_table, table, size);
   return true;
+}
+
+// Adds a format and returns its number, or -1. The caller holds a lock.
+Q4JAX_EXPORT int64_t q4jax_add_code_table(const void* table, size_t size) {
+  const int64_t number = q4jax::code_table_count;
+  if (size != sizeof(q4jax::CodeTable) || number == q4jax::kMostCodeTables) return -1;
+  std::memcpy(&q4jax::code_tables[number], table, size);
+  q4jax::code_table_count = number + 1;
+  return number;
 }
 
 // The name of the i-th instruction set that this machine has, best first; null after the last.

@@ -4,7 +4,7 @@
 #include "decode.h"
 #include "parallel.h"
 #include "scratch.h"
-#include "tile.h"
+#include "microkernel.h"
 
 namespace q4jax {
 namespace {
@@ -18,7 +18,7 @@ class Transposed {
     // x in groups of rows, [group][n][rows of it].
     const Scratch x(size_t(p.m * w.n) * 4);
     parallel(pool, ceil_div(p.m, I::kRows), [&](int64_t group) {
-      const int64_t m0 = group * I::kRows, rows = smaller(I::kRows, p.m - m0);
+      const int64_t m0 = group * I::kRows, rows = min64(I::kRows, p.m - m0);
       float* out = x.floats() + m0 * w.n;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t n = 0; n < w.n; ++n) out[n * rows + r] = read(D, p.x, (m0 + r) * w.n + n);
@@ -26,7 +26,7 @@ class Transposed {
     });
     parallel(pool, ceil_div(chunks.count, kSteps), [&](int64_t task) {
       const int64_t begin = task * kSteps;
-      columns(p, chunks, begin, smaller(chunks.count, begin + kSteps), x.floats());
+      columns(p, chunks, begin, min64(chunks.count, begin + kSteps), x.floats());
     });
   }
 
@@ -49,10 +49,10 @@ class Transposed {
     const Scratch y(size_t(panels * p.m * kWidth) * 4);     // [panel][m][kWidth]
     typename I::template Decoder<D> decoder(w.code);
     for (int64_t n0 = 0; n0 < w.n; n0 += kDepth) {
-      const int64_t depth = smaller(kDepth, w.n - n0);
+      const int64_t depth = min64(kDepth, w.n - n0);
       for (int64_t n = n0; n < n0 + depth; ++n) {
         for (int64_t c = begin; c < end; c += 128 / I::kChunk) {
-          I::prefetch(w.packed + smaller(n + kAhead, w.n - 1) * (w.k / 2) + c * I::kChunk / 2);
+          I::prefetch(w.packed + min64(n + kAhead, w.n - 1) * (w.k / 2) + c * I::kChunk / 2);
         }
         float scales[kSteps * I::kChunk / 32];
         row_scales<I>(w, chunks, n, begin, end, scales);
@@ -69,7 +69,7 @@ class Transposed {
                    });
       }
       for (int64_t m = 0; m < p.m; m += I::kRows) {
-        const int64_t rows = smaller(I::kRows, p.m - m);
+        const int64_t rows = min64(I::kRows, p.m - m);
         for (int64_t panel = 0; panel < panels; ++panel) {
           Tile<I>::template add<true>(rows, x + m * w.n + n0 * rows,
                                       weight.floats() + panel * kPanelSize, depth,
@@ -84,7 +84,7 @@ class Transposed {
         reorder<I>([&](int i, int element) {
           ordered[element] = from[i / kWidth * p.m * kWidth + i % kWidth];
         });
-        const int64_t k = c * I::kChunk, have = smaller(I::kChunk, w.k - k);
+        const int64_t k = c * I::kChunk, have = min64(I::kChunk, w.k - k);
         for (int64_t i = 0; i < have; ++i) write(D, p.y, m * w.k + k + i, ordered[i]);
       }
     }

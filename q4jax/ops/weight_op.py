@@ -1,0 +1,81 @@
+"""`WeightOp`, the base class of the ops on 4-bit weights."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+from jax import Array, lax
+
+from q4jax.core.spec import QuantSpec
+from q4jax.ops.registry import AUTOMATIC, IMPLEMENTATIONS, Implementation
+from q4jax.sharding.axes import MeshAxes
+from q4jax.sharding.op import Shard, ShardedOp
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightOp(ShardedOp):
+    """An op that an implementation computes on each device.
+
+    To add one, subclass it in a file of its own, implement `axes` and `compute`, and run it with
+    `q4jax.sharding.partition.run`.
+
+    Attributes:
+      spec: the weight's description.
+      implementation: the caller's choice; None for the best of each platform.
+    """
+
+    spec: QuantSpec
+    implementation: Implementation | None
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's tag."""
+        return self.spec.tag()
+
+    def compute(
+        self, shard: Shard, implementation: Implementation, *operands: Any
+    ) -> tuple[Array, ...]:
+        """Compute one device's results with an implementation."""
+        raise NotImplementedError
+
+    def profile(self, *operands: Any) -> tuple[np.dtype[Any], int | None]:
+        """The dtype and the rows by which an implementation is preferred."""
+        raise NotImplementedError
+
+    def local(self, shard: Shard, *operands: Any) -> tuple[Array, ...]:
+        """Compute one device's results with the caller's or the platform's implementation.
+
+        The platform is that for which the program is lowered.
+        """
+        if self.implementation is not None:
+            return self.compute(shard, self.implementation, *operands)
+        platforms = {
+            platform: functools.partial(self._first_of, candidates, shard)
+            for platform, candidates in AUTOMATIC.items()
+        }
+        default = functools.partial(self._first_of, (), shard)
+        return lax.platform_dependent(*operands, default=default, **platforms)
+
+    def _first_of(
+        self, candidates: tuple[Implementation, ...], shard: Shard, *operands: Any
+    ) -> tuple[Array, ...]:
+        """Compute with the first candidate that is preferred and serves the call, else "xla"."""
+        dtype, rows = self.profile(*operands)
+        for implementation in candidates:
+            if implementation.is_preferred(self.name, dtype, rows):
+                try:
+                    return self.compute(shard, implementation, *operands)
+                except NotImplementedError:
+                    continue
+        return self.compute(shard, IMPLEMENTATIONS["xla"], *operands)
+
+    def visible_to_compiler(self, mesh_axes: MeshAxes) -> "WeightOp":
+        """Return the op in plain XLA."""
+        xla = IMPLEMENTATIONS["xla"]
+        if self.implementation not in (None, xla):
+            raise NotImplementedError(
+                f"implementation={self.implementation.name!r} inside a shard_map that leaves the "
+                f"mesh axes {mesh_axes} to the compiler: make them manual too"
+            )
+        return dataclasses.replace(self, implementation=xla)
