@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from q4jax.cli.main import DAMAGED, MISSING, UNSUPPORTED, main
 
 import q4jax
-from q4jax.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 NEEDS_A_GPU = {"gpu"}
@@ -33,12 +33,12 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys):
     for command in commands:
         python, option, module, *arguments = shlex.split(command)
         assert (python, option, module) == ("python", "-m", "q4jax")
-        assert cli.main(arguments) == 0, command
+        assert main(arguments) == 0, command
 
 
 def test_every_exit_code_is_listed():
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", PAGES["files"], re.M)}
-    assert codes == {0, 2, cli.DAMAGED, cli.MISSING, cli.UNSUPPORTED}
+    assert codes == {0, 2, DAMAGED, MISSING, UNSUPPORTED}
 
 
 def test_every_public_name_is_in_the_reference():
