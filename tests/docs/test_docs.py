@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from q4jax.cli.main import DAMAGED, MISSING, UNSUPPORTED, main
 
 import q4jax
+from q4jax.cli.main import DAMAGED, MISSING, UNSUPPORTED, main
 
 DOCS = Path(__file__).parents[2] / "docs"
 NEEDS_A_GPU = {"gpu"}
