@@ -313,7 +313,7 @@ def plot(records, path, title):
     axes.set_yticks(np.arange(len(cases)) + 0.4 - height / 2, cases)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("time / dense XLA of the same dtype (quantize: / fresh copy); lower is better")
+    axes.set_xlabel("time / dense XLA of the same dtype\n(quantize: / fresh copy); lower is better")
     axes.set_title(title, fontsize=9)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,7 +1,8 @@
-"""For mkdocs: brings what lies outside `docs/` into the site, and keeps the links to it whole.
+"""Hooks of mkdocs that bring files outside `docs/` into the site.
 
 Pages link to the rest of the repository by relative paths, as they are read there. In the site a
-notebook becomes a page, and any other file that a page links to is copied.
+notebook, the changelog and CONTRIBUTING become pages, and any other file that a page links to is
+copied.
 """
 
 import json
@@ -13,23 +14,23 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-# Page of the site -> where it lies in the repository.
-OUTSIDE = {"CHANGELOG.md": "CHANGELOG.md"}
+# Page of the site -> its path in the repository.
+OUTSIDE = {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
 
 
 def on_files(files, config):
-    """Adds the pages that do not lie in `docs/`."""
+    """Add the pages that are outside `docs/`."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page = f"notebooks/{path.stem}.md"
         OUTSIDE[page] = f"notebooks/{path.name}"
         files.append(File.generated(config, page, content=markdown(json.loads(path.read_text()))))
-    content = (ROOT / "CHANGELOG.md").read_text()
-    files.append(File.generated(config, "CHANGELOG.md", content=content))
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
     return files
 
 
 def on_page_markdown(text, page, config, files):
-    """Rewrites the links that leave `docs/`."""
+    """Rewrite the links that leave `docs/`."""
     here = page.file.src_uri
     folder = posixpath.dirname(OUTSIDE.get(here, f"docs/{here}"))
 
@@ -46,7 +47,7 @@ def on_page_markdown(text, page, config, files):
 
 
 def markdown(notebook):
-    """A notebook as a page: code, text and pictures in their order."""
+    """Return a notebook as a page: code, text and pictures in their order."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
