@@ -15,7 +15,7 @@ class QuantizedParam:
     """A 4-bit weight that stands in for a parameter and is dequantized when its module reads it.
 
     The module gets an array of the parameter's shape, so its forward code runs unchanged and
-    computes what it would with the dequantized weights, bit for bit. Subclasses are pytrees.
+    computes what it would with the dequantized weights. Subclasses are pytrees.
 
     Args:
       weight: `[*stack, *batch, out, in]`.
