@@ -15,7 +15,7 @@ settings.load_profile("q4jax")
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=50, help="how often test_kill.py kills a save")
     parser.addoption(
-        "--kernel-calls", type=int, default=256, help="of the Pallas kernels; there are over 1000"
+        "--kernel-calls", type=int, default=160, help="of the contract's matrix of over 1000 cases"
     )
 
 

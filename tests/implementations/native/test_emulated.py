@@ -16,7 +16,7 @@ from tests.support import oracle
 from tests.support.emulated.machine import Arm, Fault, SapphireRapids, SkylakeX
 from tests.support.emulated.operations import DTYPES, Operations, weight_arguments
 from tests.support.emulated.program import build, compiler
-from tests.support.native_kernels import assert_product
+from tests.support.products import assert_product
 
 MACHINES = {
     "aarch64-neon": (Arm, "neon"),

@@ -16,8 +16,9 @@ from q4jax import Params4bit
 from q4jax.gpu import requirements as backend
 from q4jax.gpu import tiles
 from q4jax.pallas import implementation as operations
-from tests.implementations.pallas.test_kernels import QUICK, assert_product, normal
-from tests.support import oracle
+from tests.support.implementations import QUICK
+from tests.support.products import assert_product
+from tests.support.random_arrays import normal
 
 KERNELS = {"implementation": "pallas_interpret"}
 GPU = {"implementation": "pallas"}
@@ -34,16 +35,6 @@ def lower_for_gpu(function, *args, kind="NVIDIA H200"):
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_gradients_are_those_of_the_rounded_weight(weight):
-    x, bias = normal(1, 5, 192, dtype="bfloat16"), normal(2, 70)
-    w = np.asarray(weight.dequantize("bfloat16"))
-    y, vjp = jax.vjp(lambda x, b: q4jax.matmul_4bit(x, weight, bias=b, **KERNELS), x, bias)
-    assert_product(y, x, w, bias)
-    dx, dbias = vjp(y)
-    assert_product(dx, y, w.T)
-    np.testing.assert_allclose(dbias, np.asarray(y).astype(np.float32).sum(0), rtol=1e-6)
 
 
 def test_second_order(weight):
@@ -76,55 +67,6 @@ def test_vmap_over_stacked_weights_and_scan():
     np.testing.assert_array_equal(
         q4jax.dequantize_4bit(stacked, **KERNELS), q4jax.dequantize_4bit(stacked)
     )
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_joint_weights(nested):
-    w = normal(0, 3, 20, 64)
-    packed, state = q4jax.quantize_4bit(w, 64, nested, "fp4", **KERNELS)
-    expected = q4jax.quantize_4bit(w, 64, nested, "fp4")
-    jax.tree.map(np.testing.assert_array_equal, (packed, state), expected)
-    np.testing.assert_array_equal(
-        q4jax.dequantize_4bit(packed, state, **KERNELS), q4jax.dequantize_4bit(packed, state)
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_quantize_at_the_ends_of_the_range(quant_type, dtype):
-    """Blocks of zeros, of subnormal numbers, too large for a reciprocal, and not finite."""
-    rows = normal(0, 9, 64, dtype=dtype)
-    factors = [0, 1e-40, 2e-38, 1e-30, 1, 1e30, 6e37, 1.3e38, 3e38]
-    w = np.array(rows).astype(np.float32) * 0.25 * np.float32(factors)[:, None]
-    w[4, 3], w[5, 0], w[5, 1], w[6, 9] = np.nan, np.inf, -np.inf, -np.inf
-    w = jnp.asarray(w.astype(oracle.DTYPES[dtype]))
-    settings = {"quant_type": quant_type, "check_finite": False}
-    found = q4jax.quantize_4bit(w, **settings, **KERNELS)
-    expected = q4jax.quantize_4bit(w, **settings)
-    np.testing.assert_array_equal(found[0], expected[0])
-    assert oracle.same_bits(found[1].absmax, expected[1].absmax)
-    packed, absmax = oracle.quantize(w[np.r_[:4, 7:9]], quant_type, 64)
-    np.testing.assert_array_equal(np.asarray(found[0])[np.r_[:4, 7:9]].ravel(), packed)
-    np.testing.assert_array_equal(np.asarray(found[1].absmax)[np.r_[:4, 7:9]].ravel(), absmax)
-
-
-def test_values_on_thresholds_take_the_lower_code():
-    from q4jax import codebooks
-
-    for quant_type, book in codebooks.CODEBOOKS.items():
-        thresholds = book.thresholds
-        up = np.nextafter(thresholds, np.float32(2))
-        row = np.concatenate([[1], thresholds, up, np.zeros(33)]).astype(np.float32)[None]
-        found, _ = q4jax.quantize_4bit(jnp.asarray(row), 64, False, quant_type, **KERNELS)
-        expected, _ = oracle.quantize(row, quant_type, 64)
-        np.testing.assert_array_equal(np.asarray(found).ravel(), expected)
-
-
-@pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])
-def test_no_rows(weight, lead):
-    y, vjp = jax.vjp(lambda x: q4jax.matmul_4bit(x, weight, **KERNELS), jnp.zeros((*lead, 192)))
-    assert y.shape == (*lead, 70)
-    assert vjp(y)[0].shape == (*lead, 192)
 
 
 def test_a_layer_takes_the_implementation():
@@ -284,4 +226,4 @@ def test_results_do_not_depend_on_the_run(weight):
     assert tiles.choose(3, (70, 4096), "float32", transpose=False).splits > 1
     call = jax.jit(lambda x: q4jax.matmul_4bit(x, big, **KERNELS)).lower(x).compile(QUICK)
     np.testing.assert_array_equal(call(x), call(x))
-    assert_product(call(x), x, np.asarray(big.dequantize()))
+    assert_product(call(x), x, np.asarray(big.dequantize()), roundings=16)

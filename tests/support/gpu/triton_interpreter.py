@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 
 import q4jax
 from q4jax.gpu import cuda_call as kernel_call
+from q4jax.ops.registry import IMPLEMENTATIONS
 
 GUARD = 4096
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8"}
@@ -252,3 +253,12 @@ def mapped(case):
         }[case]()
 
     return _arrays((run("triton"), run("xla")))
+
+
+def run(op, operands, static):
+    """The results of an op of `implementation="triton"`."""
+    x, arrays, *bias = jax.tree.map(jnp.asarray, operands)
+    function = getattr(IMPLEMENTATIONS["triton"], op)
+    return _arrays(
+        jax.jit(lambda x, arrays, *bias: function(x, arrays, *bias, **static))(x, arrays, *bias)
+    )
