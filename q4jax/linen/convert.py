@@ -1,8 +1,8 @@
-"""Linen models that do not know of 4 bits, on 4-bit weights.
+"""Quantize the weights of any Linen model, whose code runs unchanged.
 
-`quantize_params` finds the weights by watching the model run once on shapes. `place_weights` puts
-them where the model looks for its parameters: it reads a dense array, decoded at that moment, also
-inside of `nn.scan`, `nn.vmap` and `nn.remat`. The model's code is not touched.
+`quantize_model` finds the weights by tracing the model once. `merge_quantized` puts them among the
+model's parameters: the model reads a dense array that is dequantized at that moment, in `nn.scan`,
+`nn.vmap` and `nn.remat` too.
 """
 
 import dataclasses
@@ -11,88 +11,66 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import serialization
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
 
 from q4jax.convert.kernel_axes import KernelAxes
 from q4jax.convert.plan import Conversion, Plan, make_decision, report
-from q4jax.convert.quantized_param import QuantizedParam
 from q4jax.convert.registry import describe_layer, resolve_axes
 from q4jax.convert.rules import Config, Rules
+from q4jax.linen.quantized_param import QuantizedBox
+from q4jax.linen.variables import COLLECTION
 
-COLLECTION = "quant"
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
 Path = tuple[str, ...]
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class BoxedWeight(QuantizedParam, meta.AxisMetadata[Array]):
-    """A 4-bit weight in the place of a parameter: a box that Linen opens where it is read."""
-
-    def unbox(self) -> Array:
-        """The owner's array."""
-        return self.decode()
-
-    def replace_boxed(self, val: Any) -> Any:
-        """What is put into the place of the weight stays what it is."""
-        return val
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "BoxedWeight":
-        """Codes and scales have the axis; there is nothing to note."""
-        return self
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "BoxedWeight":
-        """The inverse."""
-        return self
-
-
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A module that was seen at work."""
+    """A layer that was called."""
 
     name: str
     conversion: Conversion
     axes: Mapping[str, KernelAxes]
 
 
-def quantize_params(
+def quantize_model(
     model: nn.Module,
     variables: Mapping[str, Any],
     *args: Any,
     config: Config = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    r"""The variables of a Linen model with the weights of its layers in 4 bits.
+    r"""Quantize the variables of a Linen model, whose code and layers stay as they are.
 
-    `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, so also what `nn.MultiHeadDotProductAttention` is
-    made of, and the classes that `register_layer` was told of; `nn.Embed` where a rule asks for it.
-    For the 4-bit layers of `q4jax.linen` in a model of your own use `quantize_variables`.
+    The weights of `nn.Dense`, `nn.DenseGeneral` and `nn.Einsum` become 4-bit, those in
+    `nn.MultiHeadDotProductAttention` too, and those of classes registered by `register_layer`;
+    `nn.Embed` only where a rule asks for it. For a model that uses the 4-bit layers of
+    `q4jax.linen`, use `quantize_variables`.
 
     Args:
-      model: any Linen module.
+      model: a Linen module.
       variables: its variables; those that are not quantized are kept.
-      *args: what `model.apply` takes, arrays or `jax.ShapeDtypeStruct`s; only shapes matter.
-      config: as for `quantize_model`; paths are Linen's, such as "layers/attn/query".
-      **kwargs: the same; `method` too.
+      *args: arguments of `model.apply`, arrays or `jax.ShapeDtypeStruct`s; only shapes matter.
+      config: as for `q4jax.quantize_model`; paths are Linen's, such as "layers/attn/query".
+      **kwargs: keyword arguments of `model.apply`, and `method`.
 
     Returns:
-      The variables: 4-bit weights in a collection "quant", the rest of "params" as it was. Hand
-      them to the model through `place_weights`.
+      The variables, with 4-bit weights in the collection "quant" and the others in "params". Pass
+      them to the model through `merge_quantized`.
 
     Raises:
-      ValueError: as `quantize_model`; there is no "params".
+      ValueError: for the reasons of `q4jax.quantize_model`; there is no "params".
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> from flax import linen as nn
       >>> model, x = nn.MultiHeadDotProductAttention(4), jnp.ones((1, 3, 64))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> small = q4jax.linen.quantize_params(model, variables, x)
+      >>> small = q4jax.linen.quantize_model(model, variables, x)
       >>> small["quant"]["query"]["kernel"].weight
       Params4bit(uint8[64, 32], nf4_b64_n256_float32_64x64)
-      >>> model.apply(q4jax.linen.place_weights(small), x).shape
+      >>> model.apply(q4jax.linen.merge_quantized(small), x).shape
       (1, 3, 64)
     """
     if not isinstance(variables.get("params"), Mapping):
@@ -107,50 +85,51 @@ def quantize_params(
         for name, axes in layers[at].axes.items():
             where, leaf = "/".join((*at, name)), params.pop((*at, name))
             settings = decision.rule.settings
-            quant[(*at, name)] = BoxedWeight.quantize(
+            quant[(*at, name)] = QuantizedBox.quantize(
                 meta.unbox(leaf), axes, where, variable=None, **settings
             )
     return {**variables, "params": unflatten_dict(params), COLLECTION: unflatten_dict(quant)}
 
 
-def plan_params(
+def plan_quantization(
     model: nn.Module,
     variables: Mapping[str, Any],
     *args: Any,
     config: Config = None,
     **kwargs: Any,
 ) -> Plan:
-    """What `quantize_params` would do, layer by layer, without doing it; the same arguments."""
+    """Return what `quantize_model`, which takes the same arguments, would do with each layer."""
     return _plan(model, variables, args, kwargs, Rules(config, {}))[0]
 
 
-def place_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables for the model's own code: the 4-bit weights in the places of its parameters.
+def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the 4-bit weights into "params", where the model's code reads its parameters.
 
-    Pure and cheap: call it inside of `jit` and `grad`, on the "params" that are differentiated and
-    the "quant" that is not. `flax.linen.unbox` of the result has the dense weights.
+    It is pure and cheap. Call it inside of `jit` and `grad`, on the "params" that are
+    differentiated and the "quant" that is not. `flax.linen.unbox` of the result has the dense
+    weights.
 
     Args:
-      variables: what `quantize_params` returned.
+      variables: the variables that `quantize_model` returned.
 
     Raises:
-      ValueError: a weight and a parameter are at one place.
+      ValueError: a 4-bit weight and a parameter have the same path.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> from flax import linen as nn
       >>> model, x = nn.Dense(32), jnp.ones((1, 64))
-      >>> small = q4jax.linen.quantize_params(model, model.init(jax.random.key(0), x), x)
+      >>> small = q4jax.linen.quantize_model(model, model.init(jax.random.key(0), x), x)
       >>> def loss(params):
       ...     variables = {"params": params, "quant": small["quant"]}
-      ...     return model.apply(q4jax.linen.place_weights(variables), x).sum()
+      ...     return model.apply(q4jax.linen.merge_quantized(variables), x).sum()
       >>> jax.tree.map(jnp.shape, jax.grad(loss)(small["params"]))
       {'bias': (32,)}
     """
     params = flatten_dict(variables.get("params", {}))
     rest: dict[Path, Any] = {}
     for path, weight in flatten_dict(variables.get(COLLECTION, {})).items():
-        if not isinstance(weight, BoxedWeight):
+        if not isinstance(weight, QuantizedBox):
             rest[path] = weight
         elif params.setdefault(path, weight) is not weight:
             raise ValueError(f"{'/'.join(path)} is in 'params' and, 4-bit, in {COLLECTION!r}")
@@ -172,13 +151,13 @@ def _plan(
 def _watch(
     model: nn.Module, variables: Mapping[str, Any], args: Any, kwargs: Any
 ) -> dict[Path, _Layer]:
-    """The layers with weights, by their path, from one run on shapes."""
+    """Trace the model, and return its layers with weights by their path."""
     found: dict[Path, _Layer] = {}
 
     def look(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result = run(*args, **kwargs)
         module = context.module
-        calls = any("__call__" in vars(kind) for kind in type(module).__mro__)
+        calls = any("__call__" in vars(cls) for cls in type(module).__mro__)
         if context.method_name == "__call__" or not (calls or context.method_name == "setup"):
             own = meta.unbox(dict(module.variables.get("params", {})))
             shapes = {n: v.shape for n, v in own.items() if hasattr(v, "shape")}
@@ -203,7 +182,7 @@ def _watch(
 
 
 def _merge(one: _Layer, other: _Layer) -> _Layer:
-    """Two modules of one scope (`nn.share_scope`), or one that was called twice."""
+    """Merge two layers of one scope (`nn.share_scope`), or one that was called twice."""
     if one.axes and other.axes:
         return dataclasses.replace(one, axes={**other.axes, **one.axes})
     return one if one.axes else other
@@ -223,7 +202,7 @@ def _layer(module: nn.Module, shapes: dict[str, Any], *args: Any, **kwargs: Any)
 def _flax_axes(
     module: nn.Module, shapes: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Mapping[str, KernelAxes] | str | None:
-    """The weights of Flax's own layers; a string, why not; None where there is none."""
+    """Return the axes of a Flax layer's weights; the reason why it is kept; or None."""
     kernel = tuple(shapes.get("kernel", ()))
     if isinstance(module, nn.Dense):
         return {"kernel": KernelAxes(kernel, (0,))}
@@ -245,13 +224,3 @@ def _flax_axes(
     if weights and not isinstance(module, _NORMS):
         return f"its class is unknown; register_layer for its {weights}"
     return None
-
-
-def _fill(box: BoxedWeight, state: Any) -> BoxedWeight:
-    weight = serialization.from_state_dict(box.weight, state)
-    return BoxedWeight(weight, box.kernel_axes, box.dtype, box.variable)
-
-
-serialization.register_serialization_state(
-    BoxedWeight, lambda box: serialization.to_state_dict(box.weight), _fill
-)

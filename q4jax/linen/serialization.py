@@ -1,11 +1,11 @@
-"""`flax.serialization` of 4-bit weights, and how `tabulate` of a Linen module shows them.
+"""`flax.serialization` of 4-bit weights, which importing this module registers.
 
-Importing this module registers both. A `Params4bit` becomes
+A `Params4bit` becomes
 `{"packed": codes, "quant_state": {"absmax__<tag>": ..., ...}}`: the tag in the names is compared
 with the target's, so bytes of one weight cannot fill another. A tag, name, dtype or shape that
 differs from the target's is a ValueError that names both.
 
-Example:
+Examples:
   >>> import jax.numpy as jnp, q4jax
   >>> from flax import serialization
   >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import yaml  # type: ignore[import-untyped]
 from flax import serialization
 
 from q4jax.core.state import QuantState, split_tag
@@ -26,7 +25,7 @@ from q4jax.ops.params import Params4bit
 
 
 def _to_state_dict(node: Params4bit | QuantState) -> dict[str, Any]:
-    """The children under the names they have in the pytree."""
+    """Return the children by the names that they have in the pytree."""
     children, _ = node.tree_flatten_with_keys()
     return {key.name: serialization.to_state_dict(child) for key, child in children}
 
@@ -52,39 +51,39 @@ def _state_from_state_dict(target: QuantState, state: Any) -> QuantState:
 
 
 def _restore(target: Any, state: Any, name: str) -> Any:
-    """`state` in the form of `target`, whose dtypes and shapes it must have."""
+    """Restore `state` in the form of `target`, with its dtypes and shapes."""
     restored = serialization.from_state_dict(target, state, name=name)
     pairs = zip(jax.tree.leaves(target), jax.tree.leaves(restored), strict=True)
     for wanted, found in pairs:
-        if _describe(wanted) != _describe(found):
+        if _signature(wanted) != _signature(found):
             raise ValueError(
-                f"{serialization.current_path()}: the target has {name} {_describe(wanted)}, "
-                f"the state dict holds {_describe(found)}"
+                f"{serialization.current_path()}: the target has {name} {_signature(wanted)}, "
+                f"the state dict holds {_signature(found)}"
             )
     return restored
 
 
-def _describe(leaf: Any) -> str:
+def _signature(leaf: Any) -> str:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return type(leaf).__name__
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _tags(state: Any) -> list[str]:
-    """The tags in the names of a state dict; nothing for names that have none."""
+    """Return the tags in the names of a state dict."""
     tags = []
     for key in state if isinstance(state, Mapping) else ():
         try:
             tags.append(split_tag(key)[1].tag())
         except ValueError:
-            continue  # not one of ours: `_require_keys` names it
+            continue  # `_require_keys` names it
     return tags
 
 
 def _require_keys(expected: Iterable[str], state: Any) -> None:
     where = serialization.current_path()
     if not isinstance(state, Mapping):
-        raise ValueError(f"{where}: expected a dict of {list(expected)}, got {_describe(state)}")
+        raise ValueError(f"{where}: expected a dict of {list(expected)}, got {_signature(state)}")
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     if missing or unknown:
@@ -93,7 +92,3 @@ def _require_keys(expected: Iterable[str], state: Any) -> None:
 
 serialization.register_serialization_state(Params4bit, _to_state_dict, _params_from_state_dict)
 serialization.register_serialization_state(QuantState, _to_state_dict, _state_from_state_dict)
-# By the time `tabulate` writes YAML, the arrays are strings such as "uint8[64,128]".
-yaml.SafeDumper.add_representer(
-    Params4bit, lambda dumper, w: dumper.represent_str(f"{w.packed} {w.quant_state.spec.tag()}")
-)

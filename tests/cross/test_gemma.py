@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import q4jax
-from q4jax.linen.layers import place_weights, plan_params, quantize_params
+from q4jax.linen import merge_quantized, plan_quantization, quantize_model
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def model():
 def test_a_transformer_of_gemma_runs_on_4_bit_weights(model):
     tokens = jnp.array([[2, 5, 7, 11, 13, 17]])
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    plan = plan_params(model, variables, tokens)
+    plan = plan_quantization(model, variables, tokens)
     assert plan.kept == []
     assert len(plan) == 1 + 2 * 4
-    small = quantize_params(model, variables, tokens)
+    small = quantize_model(model, variables, tokens)
     assert all(leaf.ndim == 1 for leaf in jax.tree.leaves(small["params"]))
-    placed = place_weights(small)
+    placed = merge_quantized(small)
 
     def logits(variables):
         return model.apply(variables, tokens).logits
@@ -56,7 +56,7 @@ def test_a_transformer_of_gemma_runs_on_4_bit_weights(model):
     assert not np.array_equal(logits(placed), logits(variables))
 
     def loss(params):
-        return jnp.mean(logits(place_weights({**small, "params": params})) ** 2)
+        return jnp.mean(logits(merge_quantized({**small, "params": params})) ** 2)
 
     grads = jax.jit(jax.grad(loss))(small["params"])
     assert jax.tree.structure(grads) == jax.tree.structure(small["params"])

@@ -10,8 +10,8 @@ from flax.core import meta
 
 import q4jax
 from q4jax import QuantRule
-from q4jax.linen.convert import BoxedWeight
-from q4jax.linen.layers import place_weights, plan_params, quantize_params
+from q4jax.linen import merge_quantized, plan_quantization, quantize_model
+from q4jax.linen.quantized_param import QuantizedBox
 
 KEY = jax.random.key(3)
 
@@ -102,16 +102,16 @@ LAYERS = sorted([*BLOCK, "dense", "einsum", "embedder"])
 def case(request):
     model = Model(request.param)
     variables = model.init(KEY, IDS)
-    return model, variables, quantize_params(model, variables, IDS)
+    return model, variables, quantize_model(model, variables, IDS)
 
 
 def test_every_layer_is_found(case):
     model, variables, small = case
-    plan = plan_params(model, variables, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype))
+    plan = plan_quantization(model, variables, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype))
     assert [d.path for d in plan.quantized] == LAYERS
     assert plan.kept == []
-    boxes = jax.tree.leaves(small["quant"], is_leaf=lambda x: isinstance(x, BoxedWeight))
-    assert len(boxes) == len(LAYERS) + 1 and {type(box) for box in boxes} == {BoxedWeight}
+    boxes = jax.tree.leaves(small["quant"], is_leaf=lambda x: isinstance(x, QuantizedBox))
+    assert len(boxes) == len(LAYERS) + 1 and {type(box) for box in boxes} == {QuantizedBox}
     kept = jax.tree.leaves(small["params"])
     stack = int(model.scanned)
     assert max(leaf.ndim for leaf in kept) == 2 + stack  # the biases of heads
@@ -121,10 +121,10 @@ def test_every_layer_is_found(case):
 
 def test_the_forward_is_the_owner_s_own_to_the_bit(case):
     model, variables, small = case
-    placed = place_weights(small)
+    placed = merge_quantized(small)
     dense = nn.unbox(placed)
     assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, variables)
-    found = jax.jit(lambda v: model.apply(place_weights(v), IDS))(small)
+    found = jax.jit(lambda v: model.apply(merge_quantized(v), IDS))(small)
     np.testing.assert_array_equal(found, jax.jit(model.apply)(dense, IDS))
     np.testing.assert_array_equal(model.apply(placed, IDS), model.apply(dense, IDS))
     assert not np.array_equal(found, model.apply(variables, IDS))
@@ -136,7 +136,7 @@ def test_gradients_are_those_of_the_rest(case):
     @jax.jit
     def gradient(params, quant):
         def loss(params):
-            placed = place_weights({"params": params, "quant": quant})
+            placed = merge_quantized({"params": params, "quant": quant})
             return jnp.sum(model.apply(placed, IDS) ** 2)
 
         return jax.grad(loss)(params)
@@ -147,7 +147,7 @@ def test_gradients_are_those_of_the_rest(case):
     def loss(params):
         return jnp.sum(model.apply({"params": params}, IDS) ** 2)
 
-    expected = jax.jit(jax.grad(loss))(nn.unbox(place_weights(small))["params"])
+    expected = jax.jit(jax.grad(loss))(nn.unbox(merge_quantized(small))["params"])
     jax.tree.map(
         lambda path, x: np.testing.assert_array_equal(x, path), found, _subset(expected, found)
     )
@@ -160,21 +160,21 @@ def _subset(tree, like):
 def test_checkpoints(case, tmp_path):
     model, variables, small = case
     q4jax.checkpoint.save(tmp_path / "c", small)
-    other = quantize_params(model, jax.tree.map(lambda w: w + 1, variables), IDS)
+    other = quantize_model(model, jax.tree.map(lambda w: w + 1, variables), IDS)
     found = q4jax.checkpoint.restore(tmp_path / "c", target=other)
     assert q4jax.fingerprint(found) == q4jax.fingerprint(small) != q4jax.fingerprint(other)
     np.testing.assert_array_equal(
-        model.apply(place_weights(found), IDS), model.apply(place_weights(small), IDS)
+        model.apply(merge_quantized(found), IDS), model.apply(merge_quantized(small), IDS)
     )
 
 
 def test_flax_serialization(case):
     model, variables, small = case
-    other = quantize_params(model, jax.tree.map(lambda w: w + 1, variables), IDS)
+    other = quantize_model(model, jax.tree.map(lambda w: w + 1, variables), IDS)
     found = serialization.from_bytes(other, serialization.to_bytes(small))
     assert q4jax.fingerprint(found) == q4jax.fingerprint(small)
     assert jax.tree.structure(found) == jax.tree.structure(small)
-    fp4 = quantize_params(model, variables, IDS, config=q4jax.QuantConfig("fp4"))
+    fp4 = quantize_model(model, variables, IDS, config=q4jax.QuantConfig("fp4"))
     with pytest.raises(ValueError, match="the target is fp4_.* the state dict holds nf4_"):
         serialization.from_bytes(fp4, serialization.to_bytes(small))
 
@@ -191,23 +191,23 @@ def test_rules_and_embeddings():
 
     model = Tied()
     variables = model.init(KEY, IDS)
-    plan = plan_params(model, variables, IDS)
+    plan = plan_quantization(model, variables, IDS)
     assert {d.path: d.reason for d in plan.kept} == {
         "conv": "a convolution",
         "embed": "an embedding; QuantRule(embeddings=True) takes it",
     }
     rules = [QuantRule("up", blocksize=32, quant_type="fp4"), QuantRule(embeddings=True)]
-    small = quantize_params(model, variables, IDS, config=rules)
+    small = quantize_model(model, variables, IDS, config=rules)
     tags = jax.tree.map(
         lambda box: box.weight.quant_state.spec.tag(),
         small["quant"],
-        is_leaf=lambda x: isinstance(x, BoxedWeight),
+        is_leaf=lambda x: isinstance(x, QuantizedBox),
     )
     assert tags == {
         "up": {"kernel": "fp4_b32_n256_float32_64x64"},
         "embed": {"embedding": "nf4_b64_n256_float32_32x64"},
     }
-    placed = place_weights(small)
+    placed = merge_quantized(small)
     np.testing.assert_array_equal(model.apply(placed, IDS), model.apply(nn.unbox(placed), IDS))
     for rule, message in [
         (QuantRule("conv"), "rule 'conv' matches conv .Conv., which cannot be quantized: a conv"),
@@ -215,7 +215,7 @@ def test_rules_and_embeddings():
         (QuantRule("embed"), r"matched no layer .*embed \(Embed\): kept: an embedding"),
     ]:
         with pytest.raises(ValueError, match=message):
-            quantize_params(model, variables, IDS, config=[rule])
+            quantize_model(model, variables, IDS, config=[rule])
 
 
 def test_what_cannot_be_placed_or_found():
@@ -226,14 +226,14 @@ def test_what_cannot_be_placed_or_found():
 
     x = jnp.ones((1, 64))
     with pytest.raises(ValueError, match=r"\(root\) \(Unknown\): kept: .*register_layer.*\['w'\]"):
-        quantize_params(Unknown(), Unknown().init(KEY, x), x)
+        quantize_model(Unknown(), Unknown().init(KEY, x), x)
     with pytest.raises(ValueError, match=r"must hold a dict 'params'"):
-        quantize_params(nn.Dense(64), {}, x)
+        quantize_model(nn.Dense(64), {}, x)
     variables = nn.Dense(64).init(KEY, x)
-    small = quantize_params(nn.Dense(64), variables, x)
+    small = quantize_model(nn.Dense(64), variables, x)
     with pytest.raises(ValueError, match="kernel is in 'params' and, 4-bit, in 'quant'"):
-        place_weights({**small, "params": variables["params"]})
+        merge_quantized({**small, "params": variables["params"]})
     bad = meta.unbox(variables)
     bad["params"]["kernel"] = bad["params"]["kernel"].at[3, 4].set(jnp.nan)
     with pytest.raises(ValueError, match="kernel holds NaN or inf"):
-        quantize_params(nn.Dense(64), bad, x)
+        quantize_model(nn.Dense(64), bad, x)
