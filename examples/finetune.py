@@ -29,8 +29,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import q4jax
-from q4jax.models import Llama, LlamaConfig
-from q4jax.models.generation import generate
+from q4jax.models import Llama, LlamaConfig, generate
 
 Settings = dict[str, Any]
 

@@ -16,7 +16,7 @@ import runs
 from tokenizers import Tokenizer
 
 import q4jax
-from q4jax.models.generation import generate
+from q4jax.models import generate
 
 _UNTIL = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 

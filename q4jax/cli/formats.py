@@ -11,12 +11,10 @@ import numpy as np
 from q4jax import checkpoint
 from q4jax.cli.table import Row
 from q4jax.convert.config import QuantConfig
-from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
+from q4jax.interop import bitsandbytes, huggingface, peft
 from q4jax.interop.bitsandbytes.tensors import flatten
 from q4jax.interop.bitsandbytes.weight_keys import read_spec, sort_names
-from q4jax.interop.huggingface import load_save as huggingface
 from q4jax.interop.huggingface.checkpoint import Checkpoint
-from q4jax.interop.peft import load_save as peft
 from q4jax.interop.safetensors.reader import TensorFile
 from q4jax.ops.params import Params4bit
 from q4jax.tree.fingerprint import fingerprint

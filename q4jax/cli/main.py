@@ -14,8 +14,8 @@ from q4jax.cli import formats
 from q4jax.cli.table import table
 from q4jax.convert.config import QuantConfig
 from q4jax.core.codebooks import BLOCKSIZES, CODEBOOKS
-from q4jax.interop.bitsandbytes.weight_keys import CONTAINERS
-from q4jax.interop.huggingface.directory import read_json
+from q4jax.interop.bitsandbytes.tensors import CONTAINERS
+from q4jax.interop.files import read_json
 
 DAMAGED, MISSING, UNSUPPORTED = 1, 3, 4
 

@@ -1,4 +1,4 @@
-"""Where arrays go when they are loaded: the `sharding` argument of the loaders."""
+"""Where loaded arrays are placed: the `sharding` argument of the loaders."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,17 +10,17 @@ from jax.sharding import Sharding
 Placement = (
     Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | Mapping[str, Sharding] | Sharding
 )
-"""A function of an array's name and shape; or shardings by name; or one for all arrays.
+"""A function from an array's name and shape to its sharding, a mapping from names, or one sharding.
 
 The arrays of a 4-bit weight are named `<weight>.packed`, `<weight>.absmax`,
-`<weight>.nested_absmax` and `<weight>.offset`. None, or a name that the mapping does not have:
-the default device."""
+`<weight>.nested_absmax` and `<weight>.offset`. An array goes to the default device where the
+function returns None or the mapping lacks its name."""
 
 
 def place(name: str, array: np.ndarray | jax.Array, placement: Placement | None) -> Any:
-    """The array on its device or devices; memory that nothing else writes to is not copied.
+    """Return the array on its devices, without a copy where the default device is the host.
 
-    64-bit arrays, which JAX would round to 32 bits, stay what they are unless it holds 64.
+    64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, since JAX would round them.
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array

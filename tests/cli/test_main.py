@@ -13,8 +13,7 @@ from flax import nnx
 import q4jax
 from q4jax import checkpoint
 from q4jax.cli.main import main
-from q4jax.interop.huggingface import load_save as huggingface
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import huggingface, peft
 from tests.support.vectors import GOLDEN
 
 LLAMA = GOLDEN / "llama_tiny_bnb4"
@@ -131,7 +130,7 @@ def test_a_flipped_bit_is_named(tmp_path, capsys):
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
-    from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
+    from q4jax.interop import bitsandbytes
 
     bitsandbytes.save_file({"a\x1b[2J": jnp.ones(1)}, tmp_path / "x")
     code, out = run(capsys, "inspect", tmp_path / "x")

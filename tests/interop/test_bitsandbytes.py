@@ -12,7 +12,8 @@ from flax import nnx
 
 import q4jax
 from q4jax import Params4bit
-from q4jax.interop.bitsandbytes import state_dict as bnb
+from q4jax.interop import bitsandbytes as bnb
+from q4jax.nnx.variables import thaw
 from tests.support.vectors import GOLDEN, MANIFEST, tensors
 
 STORAGES = ("uint8", "bfloat16", "float16", "float32")
@@ -309,7 +310,7 @@ def test_full_precision_is_quantized_on_load(full):
     before = model()
     found = bnb.load_state_dict(before, full, names=strip)
     quantized = Params4bit.quantize(jnp.asarray(full["0.weight"]), 64, True, "nf4")
-    assert_same(q4jax.frozen.thaw(found.layers[0].weight), quantized)
+    assert_same(thaw(found.layers[0].weight), quantized)
     np.testing.assert_array_equal(found.layers[2].kernel[...], full["2.weight"].T)
     assert q4jax.fingerprint(before) == q4jax.fingerprint(model())
     # And what was quantized goes into another model as it is.

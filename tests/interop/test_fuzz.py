@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import q4jax
-from q4jax.interop.bitsandbytes import state_dict as bnb
-from q4jax.interop.huggingface import load_save as huggingface
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import bitsandbytes as bnb
+from q4jax.interop import huggingface, peft
 from q4jax.models import LlamaConfig, from_pretrained
 from tests.support.fuzz import mutants, reader
 from tests.support.vectors import GOLDEN

@@ -10,8 +10,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import peft
 from q4jax.models import Llama, LlamaConfig
+from q4jax.nnx.variables import thaw
 from tests.support.vectors import MANIFEST, tensors
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["proj"]}
@@ -68,7 +69,7 @@ def test_golden_forward_gradients_and_merge(quant_type, tmp_path):
     close(grads["proj"]["lora_b"][...].T, t["dB"], tolerance)
 
     merged, _ = q4jax.merge_lora(model, requantize=True)
-    state = q4jax.frozen.thaw(merged.proj.weight)
+    state = thaw(merged.proj.weight)
     np.testing.assert_array_equal(np.ravel(state.packed), t["merged_packed"].ravel())
     close(merged.proj(jnp.asarray(t["x"])), t["y_merged"], 2e-6)
 

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from q4jax.interop.bitsandbytes.tensors import own_copy, read_tensors, report_extra
-from q4jax.interop.safetensors.writer import Layout
+from q4jax.interop.bitsandbytes.tensors import read_tensors, report_extra
+from q4jax.interop.host_arrays import copy_to_numpy
 from q4jax.nnx.linear import Embedding4bit, Linear4bit
 from q4jax.nnx.traverse import replace_modules, walk_modules
 from q4jax.nnx.variables import freeze, thaw
@@ -65,9 +65,8 @@ def load_state_dict(
       >>> bnb.load_state_dict(model, full, names=strip)(jnp.ones((1, 64)))[0, 0]
       Array(65., dtype=float32)
     """
-    arrays = {name: own_copy(name, value) for name, value in state_dict.items()}
-    layouts = {name: Layout.of(array) for name, array in arrays.items()}
-    tensors = read_tensors(arrays, layouts, strict, None)
+    arrays = copy_to_numpy(state_dict)
+    tensors = read_tensors(arrays, arrays, strict, None)
     places = {}
     for path, module in walk_modules(model):
         for attribute, name in _parameters(path, module).items():

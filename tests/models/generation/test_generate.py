@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import q4jax.models.llama
-from q4jax.models.generation import generate
 from q4jax.models.llama.kv_cache import KVCache
 
 
@@ -91,13 +89,13 @@ def test_draws_repeat_with_the_key(model, input_ids):
 def traces(monkeypatch):
     """The shape of the tokens, each time that the model is traced anew."""
     found = []
-    original = q4jax.models.llama.Llama.hidden_states
+    original = Llama.hidden_states
 
     def counted(self, ids, *args, **kwargs):
         found.append(ids.shape)
         return original(self, ids, *args, **kwargs)
 
-    monkeypatch.setattr(q4jax.models.llama.Llama, "hidden_states", counted)
+    monkeypatch.setattr(Llama, "hidden_states", counted)
     return found
 
 

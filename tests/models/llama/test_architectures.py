@@ -12,8 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.models import LlamaConfig, from_pretrained, save_pretrained
-from q4jax.models.generation import generate
+from q4jax.models import LlamaConfig, from_pretrained, generate, save_pretrained
 from tests.support.random_weights import CASES, write_directory
 from tests.support.vectors import GOLDEN
 

@@ -38,7 +38,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import q4jax
 from q4jax.models import LlamaShardings, from_pretrained
-from q4jax.models.generation import generate
+from q4jax.models import generate
 
 LLAMA, WIDE, TIED = sys.argv[1:]
 COLUMN, ROW = ("tensor", "fsdp"), ("fsdp", "tensor")
@@ -173,7 +173,7 @@ def test_a_mesh_of_one_device(forward, input_ids):
 )
 def test_axes_that_do_not_divide(folder, sizes, blocksize, message, monkeypatch):
     settings = blocksize and q4jax.QuantConfig(blocksize=blocksize)
-    monkeypatch.setattr("q4jax.models.loading.Loader.fill", None)  # it is found before
+    monkeypatch.setattr("q4jax.models.pretrained.loader.Loader.fill", None)  # it is found before
     with pytest.raises(ValueError, match=message) as error:
         from_pretrained(folder, settings, mesh=mesh_of(**sizes))
     assert "\n" not in str(error.value)

@@ -11,9 +11,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
-from q4jax.interop.huggingface import load_save as huggingface
+from q4jax.interop import bitsandbytes, huggingface
 from q4jax.models import Llama, LlamaConfig, from_pretrained, save_pretrained
+from q4jax.nnx.variables import thaw
 from tests.support.vectors import GOLDEN
 
 LLAMA = GOLDEN / "llama_tiny_bnb4"
@@ -65,7 +65,7 @@ def test_golden_logits_loss_and_gradient(golden, expected, relative):
 def test_every_projection_is_what_the_file_holds(golden):
     tree = bitsandbytes.load_file(LLAMA / "model.safetensors")
     weight = golden.layers.mlp.up_proj.weight
-    layer = jax.tree.map(lambda a: a[1], q4jax.frozen.thaw(weight))
+    layer = jax.tree.map(lambda a: a[1], thaw(weight))
     assert q4jax.fingerprint({"w": layer}) == q4jax.fingerprint({"w": tree[UP]})
     assert type(golden.lm_head) is nnx.Linear
     assert golden.layers.self_attn.k_proj.quant_type == "nf4"
@@ -241,7 +241,7 @@ def test_quantized_while_loading_is_quantized_after(tmp_path):
     tree = huggingface.load_directory(tmp_path, settings)
     kept = {name for name, w in tree.items() if not isinstance(w, q4jax.Params4bit)}
     assert {n for n in kept if "norm" not in n} == {"lm_head.weight", "model.embed_tokens.weight"}
-    layer = jax.tree.map(lambda a: a[1], q4jax.frozen.thaw(loaded.layers.mlp.up_proj.weight))
+    layer = jax.tree.map(lambda a: a[1], thaw(loaded.layers.mlp.up_proj.weight))
     assert q4jax.fingerprint({"w": layer}) == q4jax.fingerprint({"w": tree[UP]})
 
 
