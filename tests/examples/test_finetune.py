@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(inputs, tmp_path):
         process.send_signal(signal.SIGINT)
         assert "--resume" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
-    _, optimizer = finetune.restore(runs.Run(out), finetune.Placement(None, 64))
+    _, optimizer = finetune.restore(runs.Run(out), finetune.RunSharding(None, 64))
     assert int(optimizer.step[...]) == len(runs.Run(out).history("loss")) >= 1
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from q4jax.models import Llama, generate
 from q4jax.models.llama.kv_cache import KVCache
 
 
