@@ -1,4 +1,4 @@
-"""The command line: every way from one form to another and back, and exit codes."""
+"""The command line: conversions between all formats, and exit codes."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LLAMA = GOLDEN / "llama_tiny_bnb4"
 
 
 def run(capsys, *arguments):
-    """(exit code, what was printed)."""
+    """Run a command; return (exit code, printed text)."""
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return code, out + err

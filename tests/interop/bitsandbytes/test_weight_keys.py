@@ -14,7 +14,7 @@ STATE = "layer.weight.quant_state.bitsandbytes__nf4"
 
 
 def change(**changes):
-    """A state dict with keys of the layer exchanged; None removes one."""
+    """Return a function that changes keys of the layer in a state dict; None removes one."""
 
     def apply(d):
         d = d | {f"layer.{key}": value(d[f"layer.{key}"]) for key, value in changes.items()}

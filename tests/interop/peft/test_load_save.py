@@ -1,4 +1,4 @@
-"""PEFT's adapters: what PEFT computed with them, and its files in and out."""
+"""PEFT's adapters: PEFT's own results with them, and its files read and written."""
 
 import json
 
@@ -20,7 +20,7 @@ A, B = (f"base_model.model.proj.lora_{side}.weight" for side in "AB")
 
 
 def write(folder, pairs, **changes):
-    """A directory as PEFT writes it."""
+    """Write a directory as PEFT does."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
     pairs = {name: np.ascontiguousarray(array) for name, array in pairs.items()}

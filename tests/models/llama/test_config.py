@@ -1,4 +1,4 @@
-"""LlamaConfig reads what transformers 4 and 5 write, and names what it cannot do."""
+"""LlamaConfig reads configs of transformers 4 and 5, and names unsupported entries."""
 
 import json
 from pathlib import Path

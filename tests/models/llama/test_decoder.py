@@ -1,4 +1,4 @@
-"""The model: Hugging Face's numbers, causality, grouped heads, the cache, and what scan carries."""
+"""The model: Hugging Face's numbers, causality, grouped heads, cache and scan."""
 
 import dataclasses
 import json
@@ -167,7 +167,7 @@ class Frozen(nnx.Variable):
     """A variable that is no parameter."""
 
 
-def test_scan_carries_every_kind_of_variable(config, input_ids):
+def test_scan_carries_every_type_of_variable(config, input_ids):
     """A projection may be replaced by a module with other variables, integers among them."""
 
     class Coded(nnx.Module):

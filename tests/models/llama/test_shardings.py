@@ -1,4 +1,4 @@
-"""A Llama straight onto a mesh: where each variable goes, and what it then computes."""
+"""A Llama loaded onto a mesh: shardings and results."""
 
 import dataclasses
 import os
@@ -113,7 +113,7 @@ print("done")
 
 
 def mesh_of(**sizes):
-    """A mesh of one device, which stands for as many as it takes."""
+    """Return an abstract mesh that repeats one device."""
     return Mesh(np.full(tuple(sizes.values()), jax.devices()[0]), tuple(sizes))
 
 
@@ -220,7 +220,7 @@ def test_experts_go_over_their_axis():
 
 
 def test_settings_of_other_blocks():
-    """Codes and scales would not lie alike: found before anything is read."""
+    """Different shardings of codes and scales are reported before weights are read."""
     model = nnx.eval_shape(lambda: Llama(WIDE, rngs=nnx.Rngs(0)))
     rules = LlamaShardings(mesh_of(fsdp=8), blocksize=32)
     sizes = {"layers.self_attn.q_proj": 64}

@@ -1,4 +1,4 @@
-"""Directories round-trip, load lazily, and every defect is an error that names it."""
+"""Directories round-trip, load lazily, and defects are named errors."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def folder(model, tmp_path):
 
 
 def edit(folder, change):
-    """Rewrites the tensors of a directory after `change(tensors)`."""
+    """Rewrite the tensors of a directory after `change(tensors)`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -163,7 +163,7 @@ def test_save_refuses_what_is_not_dense(config, tmp_path):
 
 
 def test_one_tensor_at_a_time(model, tmp_path, config):
-    """Loading looks each projection up once, and holds none of them after stacking it."""
+    """Loading looks up each projection once and releases it after stacking."""
     save_pretrained(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     lookups = []
@@ -194,7 +194,7 @@ def test_quantization_while_loading(config, tmp_path, input_ids, forward, relati
 
 
 def test_rules_for_each_layer(tmp_path):
-    """As `quantize_model` takes them, each layer with the settings of its rule."""
+    """Each layer gets the settings of its rule, as with `quantize_model`."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,

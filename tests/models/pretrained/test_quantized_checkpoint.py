@@ -31,7 +31,7 @@ def golden():
 
 
 class Given(nnx.Module):
-    """Hidden states in the place of those that the embedding looks up."""
+    """An embedding that returns given hidden states."""
 
     def __init__(self, hidden):
         self.hidden = nnx.Param(hidden)
@@ -89,7 +89,7 @@ def test_compute_dtype_of_the_config_or_the_caller(tmp_path, golden, expected, f
 
 
 def copy(folder, change=lambda config: None, tensors=lambda tensors: None):
-    """The golden directory with changes."""
+    """Copy the golden directory with changes."""
     config = json.loads((LLAMA / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""A Llama in 4 bits with adapters: the same model, through scan, remat, cache and generation."""
+"""A 4-bit Llama with adapters under scan, remat, cache and generation."""
 
 import dataclasses
 
