@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from q4jax.core.state import QuantState
+from q4jax.ops.params import Params4bit
+
 Placement = (
     Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | Mapping[str, Sharding] | Sharding
 )
@@ -31,3 +34,12 @@ def place(name: str, array: np.ndarray | jax.Array, placement: Placement | None)
     if isinstance(placement, Mapping):
         return jax.device_put(array, placement.get(name))
     return jax.device_put(array, placement(name, jax.ShapeDtypeStruct(array.shape, array.dtype)))
+
+
+def place_weight(name: str, weight: Params4bit, placement: Placement | None) -> Params4bit:
+    """Return a 4-bit weight with its codes and statistics on their devices."""
+    state = weight.quant_state
+    parts = ("absmax", "nested_absmax", "offset")[: 3 if state.nested else 1]
+    arrays = [place(f"{name}.{part}", getattr(state, part), placement) for part in parts]
+    packed = place(f"{name}.packed", weight.packed, placement)
+    return Params4bit(packed, QuantState.tree_unflatten(state.spec, arrays))

@@ -13,7 +13,7 @@ from q4jax.core.spec import FLOAT_DTYPES, QuantSpec
 from q4jax.core.state import QuantState
 from q4jax.interop.bitsandbytes.weight_keys import STATISTICS, Layout, WeightKeys, group_keys
 from q4jax.interop.files import parse_json
-from q4jax.interop.placement import Placement, place
+from q4jax.interop.placement import Placement, place, place_weight
 from q4jax.ops.params import Params4bit, as_params4bit
 
 Tree = dict[str, Params4bit | Array]
@@ -69,18 +69,10 @@ def read_weight(
         statistics do not match.
     """
     name, state = keys.name, read_state(keys, tensors)
-    data = tensors[name]
+    data: Any = tensors[name]
     check_codes(name, data, state)
     codes = data.reshape(-1).view(np.uint8).reshape(*state.lead, *state.spec.packed_shape)
-    return Params4bit(
-        place(f"{name}.packed", codes, placement),
-        QuantState(
-            place(f"{name}.absmax", state.absmax, placement),
-            _place(f"{name}.nested_absmax", state.nested_absmax, placement),
-            _place(f"{name}.offset", state.offset, placement),
-            state.spec,
-        ),
-    )
+    return place_weight(name, Params4bit(codes, state), placement)
 
 
 def read_state(keys: WeightKeys, tensors: Mapping[str, np.ndarray]) -> QuantState:
@@ -162,10 +154,6 @@ def _check_vectors(statistics: Mapping[str, np.ndarray]) -> None:
         array = statistics.get(part)
         if array is not None and array.ndim != 1:
             raise ValueError(f"{part} must have one axis, got {array.dtype}{list(array.shape)}")
-
-
-def _place(name: str, array: Any, placement: Placement | None) -> Any:
-    return None if array is None else place(name, array, placement)
 
 
 def write_weight(name: str, weight: Params4bit, quant_storage: str) -> dict[str, np.ndarray]:

@@ -11,13 +11,12 @@ import numpy as np
 from q4jax.convert.config import QuantConfig
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import FLOAT_DTYPES
-from q4jax.core.state import QuantState
 from q4jax.interop.bitsandbytes.state_dict import to_state_dict
 from q4jax.interop.bitsandbytes.tensors import Tree
 from q4jax.interop.huggingface.checkpoint import Checkpoint
 from q4jax.interop.huggingface.directory import write_directory
 from q4jax.interop.huggingface.quantization_config import bnb_config, is_linear
-from q4jax.interop.placement import Placement, place
+from q4jax.interop.placement import Placement, place, place_weight
 from q4jax.interop.progress import Progress
 from q4jax.interop.tree import flatten
 from q4jax.ops.params import Params4bit
@@ -78,7 +77,7 @@ def load_directory(
             if not isinstance(value, Params4bit):
                 skip = quantization is None or quantization.skips(name.rpartition(".")[0])
                 if quantization is not None and not skip and select(name, value.shape):
-                    value = _quantize(name, value, quantization, sharding)
+                    value = place_weight(name, quantize_tensor(name, value, quantization), sharding)
                 else:
                     value = place(name, value, sharding)
             found[name] = value
@@ -142,16 +141,3 @@ def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig | QuantRu
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _quantize(
-    name: str, tensor: np.ndarray, config: QuantConfig, sharding: Placement | None
-) -> Params4bit:
-    weight = quantize_tensor(name, tensor, config)
-    state = weight.quant_state
-    names = ("absmax", "nested_absmax", "offset") if state.nested else ("absmax",)
-    arrays = [place(f"{name}.{part}", getattr(state, part), sharding) for part in names]
-    return Params4bit(
-        place(f"{name}.packed", weight.packed, sharding),
-        QuantState.tree_unflatten(state.spec, arrays),
-    )

@@ -161,12 +161,7 @@ def _decode(
 
 
 def _extend(
-    model: Llama,
-    method: Method,
-    choice: _Choice,
-    run: _Run,
-    ids: jax.Array,
-    mask: jax.Array | None,
+    model: Llama, method: Method, choice: _Choice, run: _Run, ids: jax.Array, mask: jax.Array | None
 ) -> _Run:
     """Run the model on `ids` and append one token to each row that has not stopped."""
     hidden, cache = model.hidden_states(ids, attention_mask=mask, cache=run.cache)

@@ -110,11 +110,7 @@ class Loader:
         return stack
 
     def _dense(
-        self,
-        path: VariablePath,
-        names: list[str],
-        lead: tuple[int, ...],
-        shape: tuple[int, ...],
+        self, path: VariablePath, names: list[str], lead: tuple[int, ...], shape: tuple[int, ...]
     ) -> np.ndarray:
         """Return one dense variable: its tensors, transposed for a kernel and stacked."""
         value, stored = np.empty(0), None

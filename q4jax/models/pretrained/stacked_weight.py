@@ -7,7 +7,7 @@ import numpy as np
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState
 from q4jax.interop.host_arrays import aligned_empty
-from q4jax.interop.placement import Placement, place
+from q4jax.interop.placement import Placement, place_weight
 from q4jax.ops.params import Params4bit
 
 _PARTS = ("absmax", "nested_absmax", "offset")
@@ -24,7 +24,7 @@ class WeightStack:
         self._lead = lead
         self._count = 0
         self._spec: QuantSpec | None = None
-        self._buffers: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, Any] = {}
 
     def add(self, name: str, state: QuantState) -> np.ndarray:
         """Store the scales of the next matrix; return a uint8 array to fill with its codes.
@@ -57,9 +57,6 @@ class WeightStack:
     def finish(self, name: str, sharding: Placement | None) -> Params4bit:
         """Return the stacked weight, placed on its devices."""
         assert self._spec is not None
-        placed = {
-            part: place(f"{name}.{part}", buffer, sharding)
-            for part, buffer in self._buffers.items()
-        }
-        scales = [placed[part] for part in _PARTS if part in placed]
-        return Params4bit(placed["packed"], QuantState.tree_unflatten(self._spec, scales))
+        scales = [self._buffers[part] for part in _PARTS if part in self._buffers]
+        state = QuantState.tree_unflatten(self._spec, scales)
+        return place_weight(name, Params4bit(self._buffers["packed"], state), sharding)
