@@ -103,7 +103,11 @@ def other_method(folder):
         (damage, 1, "has a malformed header: its tensors end at byte"),
         (other_method, 4, "quant_method='gptq'"),
         (lambda folder: (folder / "model.safetensors").unlink(), 3, "has neither"),
-        (lambda folder: (folder / "config.json").unlink(), 4, "is no checkpoint that q4jax knows"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            4,
+            "is not a checkpoint that q4jax knows",
+        ),
         (shutil.rmtree, 3, "there is nothing at"),
     ],
 )

@@ -125,7 +125,7 @@ def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict
     # Nothing is written that could not be read back.
     keys = group_keys(tensors)
     if keys.extra or len(keys.weights) != weights:
-        raise ValueError(f"names below those of 4-bit weights, which nothing reads: {keys.extra}")
+        raise ValueError(f"keys below 4-bit weights cannot be read back: {keys.extra}")
     return tensors
 
 

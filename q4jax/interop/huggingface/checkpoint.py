@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
     def __init__(self, path: str | os.PathLike[str], *, strict: bool = True):
         folder = Path(path)
         if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
+            raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no {CONFIG}")
         self.config: dict[str, Any] = read_json(folder / CONFIG)
         self.quantization: QuantConfig | None = read_quantization(self.config, folder / CONFIG)
         self.tensors = DirectoryTensors(folder)

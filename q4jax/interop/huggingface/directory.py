@@ -77,7 +77,9 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard in index.items():
         # Paths are refused: the index is untrusted and must not name files elsewhere.
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise ValueError(f"{path}: {name!r} is in {shard!r}, which is no safetensors file here")
+            raise ValueError(
+                f"{path}: {name!r} is in {shard!r}, which is not a safetensors file here"
+            )
     return index
 
 

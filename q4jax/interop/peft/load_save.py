@@ -49,7 +49,7 @@ def read_adapters(path: str | os.PathLike[str]) -> tuple[AdapterConfig, Pairs]:
     for name in file:
         match = _NAME.fullmatch(name)
         if match is None:
-            raise NotImplementedError(f"{name} is no LoRA matrix of a linear layer")
+            raise NotImplementedError(f"{name} is not a LoRA matrix of a linear layer")
         halves.setdefault(match[1], {})[match[2]] = file[name]
     pairs = {}
     for module, half in halves.items():
@@ -212,8 +212,8 @@ def save_adapters(
     for at, module in adapters.items():
         if not isinstance(module.base, Linear4bit | nnx.Linear):
             raise NotImplementedError(
-                f"{at}: an adapter of a {type(module.base).__name__} is not written; PEFT's files "
-                f"get those of linear layers"
+                f"{at}: an adapter of a {type(module.base).__name__} is not written; PEFT's "
+                "files hold adapters of linear layers only"
             )
     config = _common_config(adapters)
     tensors: dict[str, np.ndarray] = {}

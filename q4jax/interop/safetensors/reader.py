@@ -167,7 +167,7 @@ def _entry(name: str, fields: Any, origin: int) -> Entry:
     itemsize = DTYPES[dtype].itemsize
     # numpy checks the product of the nonzero axes even if another axis is empty.
     if math.prod(n for n in shape if n) * itemsize > _LARGEST:
-        raise ValueError(f"{name!r} has an absurd shape")
+        raise ValueError(f"{name!r} has a shape that is too large")
     if math.prod(shape) * itemsize != stop - start:
         raise ValueError(
             f"{name!r}: {dtype}{shape} takes {math.prod(shape) * itemsize} bytes, its data_offsets "

@@ -100,7 +100,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim < 1 or self.head_dim % 2:
@@ -206,7 +206,9 @@ class LlamaConfig:
         read = LlamaConfig.from_hf(entries)
         lost = [f.name for f in dataclasses.fields(self) if _differ(self, read, f.name)]
         if lost:
-            raise ValueError(f"a config.json of model_type {self.model_type!r} cannot say {lost}")
+            raise ValueError(
+                f"a config.json of model_type {self.model_type!r} cannot describe {lost}"
+            )
         return entries
 
 

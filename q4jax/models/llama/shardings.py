@@ -79,7 +79,7 @@ class LlamaShardings:
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(self.mesh).__name__}")
         names = self.mesh.axis_names
         if not names or not set(names) <= set(AXES):
-            raise ValueError(f"mesh has the axes {names}; those known are {AXES}")
+            raise ValueError(f"mesh has the axes {names}; known axes are {AXES}")
         if any(axis_type != AxisType.Auto for axis_type in self.mesh.axis_types):
             raise NotImplementedError(
                 f"mesh has axes of the types {self.mesh.axis_types}; models run on Auto ones: "
@@ -97,7 +97,9 @@ class LlamaShardings:
         if leaf in ("lora_a", "lora_b") and module in _MODULES:
             return self._adapter(leaf == "lora_b", module, array)
         if leaf not in _MATRICES or module not in _MODULES:
-            raise ValueError(f"{name} is no variable of a Llama: LlamaShardings has no rule for it")
+            raise ValueError(
+                f"{name} is not a variable of a Llama: LlamaShardings has no rule for it"
+            )
         lead: tuple[str | None, ...] = (None,) * ("layers" in path)
         if "experts" in path:
             experts = self._present("expert")
@@ -221,7 +223,7 @@ class LlamaShardings:
         """Return the sharding of flat codes or scales, which cannot be split."""
         if self._size(axes) > 1:
             raise ValueError(
-                f"{name} is flat, as its in_features are no multiple of its blocksize: the mesh "
-                f"axis {'+'.join(axes)!r} of size {self._size(axes)} does not divide it"
+                f"{name} is flat since its in_features are not a multiple of its blocksize: the "
+                f"mesh axis {'+'.join(axes)!r} of size {self._size(axes)} does not divide it"
             )
         return NamedSharding(self.mesh, PartitionSpec())

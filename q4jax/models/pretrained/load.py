@@ -71,7 +71,7 @@ def from_pretrained(
     """
     if mesh is not None:
         if sharding is not None:
-            raise ValueError("mesh and sharding both say where the variables go; pass one of them")
+            raise ValueError("mesh and sharding are both given; pass one of them")
         sharding = LlamaShardings(mesh)
     checkpoint = Checkpoint(path)
     if quantization is not None and checkpoint.quantization is not None:
@@ -135,7 +135,7 @@ def _load(
         if other:
             raise ValueError(
                 f"{', '.join(other)}: only linear layers are quantized while a model is loaded; "
-                "quantize_model takes the others"
+                "use quantize_model for the others"
             )
         quantized = {decision.path: decision.rule for decision in decisions.quantized}
         blocksizes = {path: rule.blocksize for path, rule in quantized.items() if rule is not None}
@@ -176,12 +176,12 @@ def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
 
 def _check_sizes(config: LlamaConfig, tensors: int) -> None:
     """Raise ValueError if there are fewer tensors than experts, before names are built."""
-    count, said = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
+    count, sizes = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
     if config.experts is not None:
         count *= config.experts.num_experts
-        said += f" and num_experts={config.experts.num_experts}"
+        sizes += f" and num_experts={config.experts.num_experts}"
     if count > tensors:
-        raise ValueError(f"{said}, but there are {tensors} tensors")
+        raise ValueError(f"{sizes}, but there are {tensors} tensors")
 
 
 def _check_names(model: Llama, tensors: Mapping[str, Any]) -> None:

@@ -172,4 +172,4 @@ def _copy_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise ValueError(f"{name} is {found}; the config asks for {wanted}")
+        raise ValueError(f"{name} is {found}; the config requires {wanted}")

@@ -190,7 +190,7 @@ def test_configs_that_are_refused(base, tmp_path, changes, error, message):
 
 def test_other_tensors_are_refused_by_name(base, tmp_path):
     extra = {"base_model.model.lm_head.lora_embedding_A": np.ones(2)}
-    with pytest.raises(NotImplementedError, match="lora_embedding_A is no LoRA matrix"):
+    with pytest.raises(NotImplementedError, match="lora_embedding_A is not a LoRA matrix"):
         peft.load_adapters(base, write(tmp_path / "a", pairs() | extra))
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         peft.load_adapters(base, tmp_path / "b")

@@ -106,5 +106,5 @@ def test_a_config_that_its_model_type_cannot_say_is_not_written(loaded, tmp_path
     _, model, _ = loaded("qwen3")
     model = nnx.clone(model)
     model.config = dataclasses.replace(model.config, model_type="llama")
-    with pytest.raises(ValueError, match="model_type 'llama' cannot say .'qk_norm'."):
+    with pytest.raises(ValueError, match="model_type 'llama' cannot describe .'qk_norm'."):
         save_pretrained(model, tmp_path)
