@@ -64,8 +64,8 @@ def detect_format(path: Path) -> str:
     if (path / checkpoint.HEADER).exists():
         return "orbax"
     raise NotImplementedError(
-        f"{path} is not a checkpoint that q4jax knows: it has no config.json, "
-        f"adapter_config.json or {checkpoint.HEADER}/ (of a CheckpointManager's folder, name a step)"
+        f"{path} is not a checkpoint that q4jax knows: it has no config.json, adapter_config.json "
+        f"or {checkpoint.HEADER}/ (in a CheckpointManager's folder, name a step)"
     )
 
 
