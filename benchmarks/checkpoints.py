@@ -38,10 +38,12 @@ def config(layers):
 
 def write_full(folder, layers):
     """A directory in bfloat16, tensor by tensor; returns its largest tensor's bytes."""
+    import jax
     import ml_dtypes
 
+    from q4jax.interop.files import write_json
     from q4jax.interop.huggingface.directory import CONFIG, SINGLE
-    from q4jax.interop.safetensors.writer import Layout, write_file, write_json
+    from q4jax.interop.safetensors import write_file
 
     c = config(layers)
     kv = c.num_key_value_heads * c.head_dim
@@ -66,10 +68,10 @@ def write_full(folder, layers):
             return (values * 0.02).astype(dtype)
 
     folder.mkdir()
-    layouts = {name: Layout(dtype, shape) for name, shape in shapes.items()}
+    layouts = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     write_file(folder / SINGLE, Random(), layouts=layouts, metadata={"format": "pt"})
     write_json(folder / CONFIG, c.to_hf() | {"dtype": "bfloat16"})
-    return max(layout.nbytes for layout in layouts.values())
+    return max(layout.size * dtype.itemsize for layout in layouts.values())
 
 
 def peak():
@@ -106,7 +108,7 @@ def job_load(path):
     """Reads with numpy, and loads as tensors by name and as a model, in turns: first and median."""
     import jax
 
-    from q4jax.interop.huggingface import load_save as huggingface
+    from q4jax.interop import huggingface
     from q4jax.models import from_pretrained
 
     file = Path(path) / "model.safetensors"

@@ -21,8 +21,7 @@ import numpy as np
 from flax import nnx
 
 import q4jax
-from q4jax.models import Llama, LlamaConfig
-from q4jax.models.generation import generate
+from q4jax.models import Llama, LlamaConfig, generate
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))

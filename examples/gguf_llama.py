@@ -1,4 +1,4 @@
-"""A Llama and its tokenizer from one GGUF file, the format of llama.cpp."""
+"""Load a Llama and its tokenizer from a GGUF file, the format of llama.cpp."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from q4jax.models import Llama, LlamaConfig, from_tensors
+from q4jax.models import Llama, LlamaConfig, from_state_dict
 
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -27,30 +27,30 @@ _LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 _SCALING = "llama.rope.scaling.type"
-_CONTROL = 3  # the token type of <|endoftext|> and the like
+_CONTROL = 3  # token type of special tokens such as <|endoftext|>
 
 
 def load(path: Path) -> Llama:
-    """The model, float32 and dense.
+    """Load the model, dense in float32.
 
     Raises:
-      NotImplementedError: another architecture or rope than SmolLM2's.
+      NotImplementedError: its architecture or rotary embedding is not SmolLM2's.
     """
     reader = gguf.GGUFReader(path)
     config = read_config(reader)
-    return from_tensors(config, GGUFTensors(reader, config))
+    return from_state_dict(config, GGUFTensors(reader, config))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The byte-level BPE tokenizer of the model.
+    """Load the model's byte-level BPE tokenizer.
 
     Raises:
-      NotImplementedError: another kind of tokenizer than SmolLM2's.
+      NotImplementedError: the tokenizer is not SmolLM2's.
     """
     reader = gguf.GGUFReader(path)
-    kind = (field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
-        raise NotImplementedError(f"tokenizer {kind}: only ('gpt2', 'smollm') is read")
+    name = (field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre"))
+    if name != ("gpt2", "smollm"):
+        raise NotImplementedError(f"tokenizer {name}: only ('gpt2', 'smollm') is read")
     tokens = field(reader, "tokenizer.ggml.tokens")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in field(reader, "tokenizer.ggml.merges")]
@@ -62,21 +62,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = field(reader, "tokenizer.ggml.token_type")
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    types = field(reader, "tokenizer.ggml.token_type")
+    special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return tokenizer
 
 
 def field(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
-    """One entry of the metadata; an error if it is absent and has no default."""
+    """Return an entry of the metadata; ValueError if it is missing without a default."""
     if name not in reader.fields and default is None:
         raise ValueError(f"the GGUF file has no {name!r}")
     return reader.fields[name].contents() if name in reader.fields else default
 
 
 def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
-    """The config that the metadata describe."""
+    """Return the config that the metadata describes."""
     if field(reader, "general.architecture") != "llama" or _SCALING in reader.fields:
         raise NotImplementedError("only GGUF files of plain llama models are read")
 
@@ -100,7 +100,7 @@ def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
 
 
 class GGUFTensors(Mapping[str, np.ndarray]):
-    """The tensors of a GGUF file under Hugging Face's names, made float32 when looked up."""
+    """The tensors of a GGUF file by Hugging Face's name, dequantized to float32 on lookup."""
 
     def __init__(self, reader: gguf.GGUFReader, config: LlamaConfig):
         stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -109,15 +109,14 @@ class GGUFTensors(Mapping[str, np.ndarray]):
             for hf, ggml in _LAYER.items():
                 names[f"model.layers.{layer}.{hf}.weight"] = f"blk.{layer}.{ggml}.weight"
         self._tensors = {hf: stored.pop(ggml) for hf, ggml in names.items() if ggml in stored}
-        self._tensors |= stored  # left-overs keep their names, to be refused as unexpected
+        self._tensors |= stored  # other tensors keep their names, so that loading refuses them
         self._head_dim = config.head_dim
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # GGUF puts the two features of a rotary pair side by side, Hugging Face half a head
-            # apart.
+            # Features of a rotary pair are adjacent in GGUF, half a head apart in Hugging Face.
             pairs = value.reshape(-1, self._head_dim // 2, 2, value.shape[-1])
             value = pairs.swapaxes(1, 2).reshape(value.shape)
         return value

@@ -1,4 +1,4 @@
-"""`--mesh` of `finetune.py`: a mesh from a text, a Llama and its batches on it."""
+"""The `--mesh` option of `finetune.py`: parse it, and shard a Llama and its batches."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _TEXT = re.compile(r"[a-z]+=[1-9][0-9]*(,[a-z]+=[1-9][0-9]*)*")
 
 
 def sizes(text: str) -> dict[str, int]:
-    """`"fsdp=4,tensor=2"` as a dict; ValueError for another form."""
+    """Parse `"fsdp=4,tensor=2"` into a dict; ValueError if it is malformed."""
     if not _TEXT.fullmatch(text):
         raise ValueError(f"--mesh must be like fsdp=4,tensor=2, got {text!r}")
     pairs = [part.split("=") for part in text.split(",")]
@@ -26,17 +26,17 @@ def sizes(text: str) -> dict[str, int]:
 
 
 def simulate(text: str | None) -> None:
-    """Has a CPU stand for as many devices; before JAX looks for any. Does nothing to others."""
+    """Make a CPU simulate the mesh's devices; call it before JAX initializes its devices."""
     if text is not None:
         jax.config.update("jax_num_cpu_devices", math.prod(sizes(text).values()))
 
 
-class Placement:
-    """Where a run's model and batches go: on a mesh, or on the default device.
+class RunSharding:
+    """Shards a run's model and batches on a mesh, or keeps them on the default device.
 
     Args:
-      text: what follows `--mesh`, or None.
-      blocksize: of the 4-bit weights.
+      text: value of `--mesh`, or None.
+      blocksize: block size of the 4-bit weights.
     """
 
     def __init__(self, text: str | None, blocksize: int):
@@ -51,19 +51,19 @@ class Placement:
         mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
         self.rules = LlamaShardings(mesh, blocksize=blocksize)
 
-    def place(self, tree: M, wrt: nnx.filterlib.Filter = ...) -> M:
-        """A model or its optimizer, arrays or abstract, where it belongs."""
+    def shard(self, tree: M, wrt: nnx.filterlib.Filter = ...) -> M:
+        """Shard a model or its optimizer, concrete or abstract."""
         return tree if self.rules is None else self.rules.place(tree, wrt)
 
-    def rows(self) -> int:
-        """Into how many parts a batch is split."""
+    def batch_parts(self) -> int:
+        """Return the number of parts that a batch is split into."""
         shape = {} if self.rules is None else self.rules.mesh.shape
         return shape.get("data", 1) * shape.get("fsdp", 1)
 
     def batch(self, tokens: np.ndarray) -> jax.Array:
-        """int32 `[B, T]`, the same in every process; split where B allows it."""
+        """Shard int32 `[B, T]`, equal in all processes; replicate it if B is not divisible."""
         if self.rules is None:
             return jax.numpy.asarray(tokens)
-        whole = NamedSharding(self.rules.mesh, PartitionSpec())
-        sharding = whole if len(tokens) % self.rows() else self.rules.batch
+        replicated = NamedSharding(self.rules.mesh, PartitionSpec())
+        sharding = replicated if len(tokens) % self.batch_parts() else self.rules.batch
         return jax.make_array_from_callback(tokens.shape, sharding, lambda part: tokens[part])

@@ -1,4 +1,4 @@
-"""What `finetune.py` needs beside its story: models, text, batches, the run's folder, Ctrl-C."""
+"""Helpers of `finetune.py`: models, text, batches, the folder of a run, Ctrl-C."""
 
 import json
 import signal
@@ -18,12 +18,12 @@ from q4jax.models import Llama, from_pretrained
 
 
 def load_model(folder: str | None) -> Llama:
-    """The Hugging Face model in `folder`; None: the demo's SmolLM2."""
+    """Load the Hugging Face model in `folder`; None: the demo's SmolLM2."""
     return gguf_llama.load(demo.model_file()) if folder is None else from_pretrained(folder)
 
 
 def load_tokenizer(folder: str | None) -> Tokenizer:
-    """The tokenizer that goes with `load_model`."""
+    """Load the tokenizer of the model that `load_model` loads."""
     if folder is None:
         return gguf_llama.load_tokenizer(demo.model_file())
     file = Path(folder, "tokenizer.json")
@@ -33,7 +33,7 @@ def load_tokenizer(folder: str | None) -> Tokenizer:
 
 
 def load_text(file: str | None, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to train on, and held-out tokens: the last tenth of `file`; None: the demo's."""
+    """Return training tokens and held-out ones, the last tenth of `file`; None: the demo's."""
     if file is None:
         train, held_out = demo.texts()
     else:
@@ -48,25 +48,25 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def batch(tokens: np.ndarray, seed: int, step: int, size: int, length: int) -> np.ndarray:
-    """The windows of one step, int32 `[size, length + 1]`: a function of seed and step alone."""
+    """Return the windows of one step, int32 `[size, length + 1]`, fixed by seed and step."""
     starts = np.random.default_rng([seed, step]).integers(0, tokens.size - length, size)
     return tokens[starts[:, None] + np.arange(length + 1)]
 
 
 def windows(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """The first windows, int32 `[count, length]`; fewer, or one shorter, of a short text."""
+    """Return the first windows, int32 `[count, length]`; a short text gives less."""
     length = min(length, tokens.size)
     count = min(count, tokens.size // length)
     return tokens[: count * length].reshape(count, length)
 
 
 def checksum(*arrays: np.ndarray) -> int:
-    """Tells one content from another."""
+    """Return a checksum of the arrays' content."""
     return zlib.crc32(b"".join(array.tobytes() for array in arrays))
 
 
 class Run:
-    """The folder of a run: its settings, its log, and where its other files lie."""
+    """The folder of a run: settings, log, and the paths of other files."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -82,9 +82,9 @@ class Run:
         return jax.process_index() == 0
 
     def create(self, settings: dict[str, Any], save: Callable[[], None]) -> None:
-        """Writes the first checkpoint with `save`, then the settings; an older run is dropped.
+        """Start a new run: save the first checkpoint, then write the settings.
 
-        Of several processes, all save, and the first writes the rest.
+        With several processes, all call `save`; the first one writes the other files.
         """
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,31 +95,31 @@ class Run:
             self._settings.write_text(json.dumps(settings, indent=2, default=str))
 
     def settings(self) -> dict[str, Any]:
-        """What `create` was given."""
+        """Return the settings that `create` wrote."""
         if not self._settings.is_file():
             raise SystemExit(f"{self.folder} holds no run to resume")
         return json.loads(self._settings.read_text())
 
     def log(self, **values: float) -> None:
-        """Appends a line, such as `step=3, loss=2.5`."""
+        """Append values to the log, such as `step=3, loss=2.5`."""
         if self._writes:
             with self._log.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def history(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of each line that has the value; of one step, the last."""
+        """Return (step, value) of each step that logged the value; the last one counts."""
         lines = map(json.loads, self._log.read_text().splitlines())
         return sorted({line["step"]: line[name] for line in lines if name in line}.items())
 
     def truncate(self, steps: int) -> None:
-        """Forgets what was logged after so many steps."""
+        """Remove the log entries after step `steps`."""
         if not self._writes:
             return
         lines = self._log.read_text().splitlines(keepends=True)
         self._log.write_text("".join(x for x in lines if json.loads(x)["step"] <= steps))
 
     def draw(self, baselines: dict[str, float]) -> None:
-        """Plots the loss, and the held-out perplexity above it."""
+        """Plot the training loss and the held-out perplexity."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -139,7 +139,7 @@ class Run:
 
 
 class Interrupt:
-    """Ctrl-C, once, as a request to stop after the step that runs; twice, as usual."""
+    """Turns the first Ctrl-C into a request to stop after the current step."""
 
     def __init__(self) -> None:
         self.asked = False

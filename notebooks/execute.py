@@ -1,4 +1,4 @@
-"""Runs notebooks and stores their outputs.
+"""Run notebooks and store their outputs.
 
     python notebooks/execute.py                           # all of them, in place
     python notebooks/execute.py notebooks/01_*.ipynb      # some
@@ -20,7 +20,7 @@ LIMIT = 600  # seconds a cell
 
 
 def execute(path: Path) -> Any:
-    """The notebook with the outputs of a new run; an error in a cell is raised."""
+    """Run a notebook and return it with the new outputs; errors in cells are raised."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,

@@ -1,4 +1,4 @@
-"""Adapters apart from their base: a small tree to save often, tied to the base it belongs to."""
+"""Checkpoints of adapters alone, with the fingerprint of the base that they belong to."""
 
 import json
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, Any]:
-    """The adapters of a model as a tree to save, with what they belong to.
+    """Return a tree of a model's adapters and the fingerprint of their base, to be saved.
 
     Save the base once (`checkpoint.save(path, model_without_adapters)`) and this as often as
     wanted: it is a few MB where the base has GB.
@@ -28,7 +28,7 @@ def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, An
     Raises:
       ValueError: the model has no adapter.
 
-    Example:
+    Examples:
       >>> import tempfile, q4jax
       >>> from flax import nnx
       >>> from q4jax import checkpoint
@@ -56,7 +56,7 @@ def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, An
 
 
 def with_adapters(model: M, tree: dict[str, Any]) -> M:
-    """A model with the adapters of a tree in the place of its own; all else is shared.
+    """Return a model with the adapters of a tree, which shares all other arrays.
 
     Args:
       model: with adapters of the same shapes; it is left as it was.

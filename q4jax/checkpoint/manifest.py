@@ -1,4 +1,4 @@
-"""The header of a checkpoint: what Orbax does not say of its leaves, and the comparison with it."""
+"""The manifest of a checkpoint: dtype, shape and sha256 of every leaf, and checks against it."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ Entry = dict[str, Any]
 
 
 def write(found: Leaves) -> dict[str, Any]:
-    """The header of these leaves, as JSON has it.
+    """Return the manifest of these leaves, as JSON.
 
     Raises:
       ValueError: a 4-bit weight is incomplete, or does not fit its description.
@@ -42,7 +42,7 @@ def write(found: Leaves) -> dict[str, Any]:
 
 
 def read(header: Any, where: str) -> dict[Path, Entry]:
-    """The entries of a header, by path.
+    """Return the entries of a manifest by path.
 
     Raises:
       ValueError: it is not what `write` made, or has a format of the future.
@@ -80,7 +80,7 @@ def _entry(path: Path, leaf: Any) -> Entry:
 
 
 def data_of(leaf: Any) -> Any:
-    """The plain array that is stored for a leaf: of a typed PRNG key, its words."""
+    """Return the array that is stored for a leaf; for a typed PRNG key, its words."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
@@ -91,7 +91,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def compare(entries: dict[Path, Entry], target: Leaves) -> None:
-    """ValueError, naming both sides, where name, tag, dtype or shape of a leaf differ."""
+    """Raise ValueError, with both sides, where name, tag, dtype or shape of a leaf differ."""
     theirs = _table((path, entry["leaf"]) for path, entry in entries.items())
     mine = _table((path, describe(leaf)) for path, leaf in target.items())
     names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
@@ -107,7 +107,7 @@ def compare(entries: dict[Path, Entry], target: Leaves) -> None:
 
 
 def _table(leaves: Iterable[tuple[Path, str]]) -> dict[str, str]:
-    """Descriptions by name; a tag is part of the description, so that two sides of it pair up."""
+    """Return descriptions by name, with the tag in the description, so that both sides pair up."""
     table = {}
     for path, leaf in leaves:
         spec = tag_of(path)
@@ -119,7 +119,7 @@ def _table(leaves: Iterable[tuple[Path, str]]) -> dict[str, str]:
 
 
 def check(path: Path, array: Any, entry: Entry, verify: bool, where: str) -> None:
-    """ValueError unless `array` is the one the entry describes; its bytes too if `verify`."""
+    """Raise ValueError unless `array` fits its entry, bytes included if `verify`."""
     if describe(array) != entry["data"] or (verify and digest(path, array) != entry["sha256"]):
         raise ValueError(
             f"{where} is corrupted: {name_of(path)}, {describe(array)}, is not the "

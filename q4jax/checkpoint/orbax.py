@@ -1,4 +1,4 @@
-"""Checkpoints of trees with 4-bit weights, on Orbax, that cannot be restored as something else.
+"""Save and restore trees with 4-bit weights by Orbax, verified against a manifest.
 
 Orbax stores arrays and the names of their places, and casts an array to the dtype that a target
 asks for. So a checkpoint has a second item beside the arrays, committed together with them: a
@@ -29,7 +29,7 @@ _Read = Callable[[ocp.args.Composite], Any]
 
 
 def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
-    """Write a checkpoint: all of it, or nothing.
+    """Write a checkpoint completely, or not at all.
 
     Args:
       path: the directory to make; its parents are made too.
@@ -45,7 +45,7 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
         one name; there is no array in the tree.
       TypeError: a leaf of another kind.
 
-    Example:
+    Examples:
       >>> import tempfile, jax, jax.numpy as jnp, q4jax
       >>> from q4jax import checkpoint
       >>> path = tempfile.mkdtemp() + "/checkpoint"
@@ -71,7 +71,7 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
 
 
 def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = True) -> Any:
-    """Read a checkpoint of `save`, or of `save_args`, as what was saved and nothing else.
+    """Read a checkpoint of `save` or `save_args`, and verify it.
 
     Args:
       path: its directory. A step of a `CheckpointManager` is one too.
@@ -90,7 +90,7 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
         tag, dtype or shape (both sides are named); the target's weights are split so that they
         could not be used (`check_sharding`); the arrays are not those that were saved.
 
-    Example:
+    Examples:
       >>> import tempfile, jax, jax.numpy as jnp, q4jax
       >>> from q4jax import checkpoint
       >>> path = tempfile.mkdtemp() + "/checkpoint"
@@ -113,12 +113,12 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
 
 
 def save_args(tree: Any) -> ocp.args.Composite:
-    """What `save` writes, for an Orbax `CheckpointManager`; `restore_step` reads it.
+    """Return the arguments with which an Orbax `CheckpointManager` saves; `restore_step` reads it.
 
     The arguments, the errors and the content are those of `save`. The sha256 of every array is
     computed here, before an asynchronous save starts.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, orbax.checkpoint as ocp, q4jax
       >>> from q4jax import checkpoint
       >>> state = {"w": q4jax.Params4bit.quantize(jnp.ones((2, 64))), "x": jnp.zeros(2)}
@@ -144,7 +144,7 @@ def restore_step(
     *,
     verify: bool = True,
 ) -> Any:
-    """`restore` from a `CheckpointManager` that saved with `save_args`; step None: the latest.
+    """Restore from a `CheckpointManager` that saved with `save_args`; None takes the latest step.
 
     Raises:
       FileNotFoundError: there is no such step.
@@ -171,7 +171,7 @@ def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
 
 
 def _restore_args(place: Place) -> ocp.RestoreArgs:
-    """The same in Orbax's words. No dtype: Orbax would cast to it."""
+    """Return Orbax's arguments for an array, without a dtype, to which Orbax would cast."""
     if isinstance(place, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=place.sharding)
@@ -187,13 +187,13 @@ def _read_header(read: _Read, where: str) -> Any:
 
 
 def _current(path: epath.Path) -> epath.Path:
-    """Where the checkpoint of `path` is: beside it, if replacing it was interrupted midway."""
+    """Return the path of the checkpoint, which is a sibling of `path` if a replacement was interrupted."""
     new = _sibling(path, "new")
     return new if new.exists() and not path.exists() else path
 
 
 def _unfinished(path: epath.Path) -> str:
-    """What an interrupted first save left beside `path`, for an error."""
+    """Return a text for an error about what an interrupted first save left beside `path`."""
     siblings = path.parent.iterdir() if path.parent.exists() else ()
     left = [p.name for p in siblings if p.name.startswith(f"{path.name}.orbax-checkpoint-tmp")]
     return f"; an interrupted save left {', '.join(sorted(left))}" if left else ""
@@ -204,7 +204,7 @@ def _sibling(path: epath.Path, name: str) -> epath.Path:
 
 
 def _replace(path: epath.Path, staging: epath.Path) -> None:
-    """Put the complete checkpoint `staging` at `path`: one of both is there at any moment."""
+    """Move the complete checkpoint `staging` to `path`, so that one of both exists at any moment."""
     old = _sibling(path, "old")
     if staging != path:
         if old.exists():

@@ -1,4 +1,4 @@
-"""`q4jax.checkpoint` for Orbax's v1 API (`orbax.checkpoint.experimental.v1`).
+"""Checkpoints by Orbax's v1 API (`orbax.checkpoint.experimental.v1`).
 
 The same two items, under the same names; `restore` reads what either API wrote.
 """
@@ -19,12 +19,12 @@ _Read = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def checkpointables(tree: Any) -> dict[str, Any]:
-    """What to give to `save_checkpointables`, of a `training.Checkpointer` or of the module.
+    """Return the argument of `save_checkpointables`, of a `training.Checkpointer` or of the module.
 
     Arguments and errors are those of `checkpoint.save`. The sha256 of every array is computed here,
     before an asynchronous save starts.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
       >>> from orbax.checkpoint.experimental import v1 as ocp
       >>> from q4jax import checkpoint_v1
@@ -39,7 +39,7 @@ def checkpointables(tree: Any) -> dict[str, Any]:
 
 
 def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = True) -> Any:
-    """`checkpoint.restore` of what `save_checkpointables` or `checkpoint.save` wrote.
+    """Restore a checkpoint that `save_checkpointables` or `checkpoint.save` wrote.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint at `path`.
@@ -62,7 +62,7 @@ def restore_step(
     *,
     verify: bool = True,
 ) -> Any:
-    """`restore` from a `training.Checkpointer`; step None: the latest.
+    """Restore from a `training.Checkpointer`; None takes the latest step.
 
     Raises:
       FileNotFoundError: there is no such step.

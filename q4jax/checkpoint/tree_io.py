@@ -1,4 +1,4 @@
-"""A tree as named arrays and a header, and back: what every form of checkpoint shares."""
+"""Turn a tree into named arrays and a manifest, and back."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Places = dict[str, Place]
 
 
 def take_apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a tree by name, and its header.
+    """Return the arrays of a tree by name, and its manifest.
 
     Raises:
       ValueError: a 4-bit weight is incomplete, or does not fit its description; two leaves have
@@ -48,7 +48,7 @@ def rebuild(
     target: Any,
     verify: bool,
 ) -> Any:
-    """Header, comparison, arrays, verification, tree: in this order.
+    """Read the manifest, compare the target, read and verify the arrays, and rebuild the tree.
 
     Args:
       signed: the header, as it was read.

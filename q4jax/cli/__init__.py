@@ -1,3 +1,8 @@
-"""The command line."""
+"""The command line, `python -m q4jax`.
 
-from q4jax.cli.main import main as main
+`main` parses arguments and runs a command; `formats` reads and writes the checkpoints.
+"""
+
+from q4jax.cli.main import main
+
+__all__ = ["main"]

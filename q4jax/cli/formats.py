@@ -1,4 +1,4 @@
-"""What the command line reads and writes: which form a path has, its tensors, and back."""
+"""Checkpoint formats of the command line: detect, list, load and write them."""
 
 import dataclasses
 import json
@@ -11,19 +11,18 @@ import numpy as np
 from q4jax import checkpoint
 from q4jax.cli.table import Row
 from q4jax.convert.config import QuantConfig
-from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
-from q4jax.interop.bitsandbytes.tensors import flatten
-from q4jax.interop.bitsandbytes.weight_keys import read_spec, sort_names
-from q4jax.interop.huggingface import load_save as huggingface
+from q4jax.interop import bitsandbytes, huggingface, peft
+from q4jax.interop.bitsandbytes.tensors import read_spec
+from q4jax.interop.bitsandbytes.weight_keys import group_keys
 from q4jax.interop.huggingface.checkpoint import Checkpoint
-from q4jax.interop.peft import load_save as peft
 from q4jax.interop.safetensors.reader import TensorFile
+from q4jax.interop.tree import flatten
 from q4jax.ops.params import Params4bit
 from q4jax.tree.fingerprint import fingerprint
 
 WRITTEN = ("huggingface", "orbax", "bitsandbytes")
-# Files of a Hugging Face directory that go along: the tokenizer, and how to generate.
-_BESIDE = (
+# Files of a Hugging Face directory that are copied too.
+_EXTRA_FILES = (
     *("generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
     *("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     "chat_template.jinja",
@@ -35,24 +34,24 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-      form: "huggingface", "orbax", "bitsandbytes" or "peft".
+      format: "huggingface", "orbax", "bitsandbytes" or "peft".
       tree: tensors by name.
-      config: the content of `config.json`, where there was one.
-      beside: the files beside it by name.
+      config: the content of `config.json`, or None.
+      extra_files: tokenizer and generation files of a Hugging Face directory, by name.
     """
 
-    form: str
+    format: str
     tree: dict[str, Any]
     config: dict[str, Any] | None = None
-    beside: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    extra_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
-def form_of(path: Path) -> str:
-    """Which kind of checkpoint is at a path.
+def detect_format(path: Path) -> str:
+    """Return the format of the checkpoint at a path.
 
     Raises:
-      FileNotFoundError: there is nothing.
-      NotImplementedError: none that is known.
+      FileNotFoundError: the path does not exist.
+      NotImplementedError: the format is unknown.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}")
@@ -65,30 +64,30 @@ def form_of(path: Path) -> str:
     if (path / checkpoint.HEADER).exists():
         return "orbax"
     raise NotImplementedError(
-        f"{path} is no checkpoint that q4jax knows: it has no config.json, adapter_config.json or "
-        f"{checkpoint.HEADER}/ (of a CheckpointManager's folder, name a step)"
+        f"{path} is not a checkpoint that q4jax knows: it has no config.json, adapter_config.json "
+        f"or {checkpoint.HEADER}/ (in a CheckpointManager's folder, name a step)"
     )
 
 
-def describe(source: str) -> list[Row]:
-    """The tensors of a checkpoint; of files, without reading them."""
+def list_tensors(source: str) -> list[Row]:
+    """Return the tensors of a checkpoint; safetensors files are not read beyond their headers."""
     path = Path(source)
-    form = form_of(path)
-    if form in ("orbax", "peft"):
+    file_format = detect_format(path)
+    if file_format in ("orbax", "peft"):
         return [_row(name, leaf) for name, leaf in load(source).tree.items()]
-    if form == "huggingface":
+    if file_format == "huggingface":
         found = Checkpoint(path)
         layouts, specs, leads = found.tensors.layouts, found.specs, found.leads
         sizes = {name: found.bytes_of(name) for name in found}
     else:
         file = TensorFile(path)
-        contents = sort_names(file.entries)
+        contents = group_keys(file.entries)
         layouts, weights = file.entries, contents.weights
-        read = {name: read_spec(group, file) for name, group in weights.items()}
+        read = {name: read_spec(keys, file) for name, keys in weights.items()}
         specs = {name: spec for name, (spec, _) in read.items()}
         leads = {name: lead for name, (_, lead) in read.items()}
         keys = {name: [name] for name in contents.others}
-        keys |= {name: [name, *group.statistics.values()] for name, group in weights.items()}
+        keys |= {name: [name, *weight.statistics.values()] for name, weight in weights.items()}
         sizes = {name: sum(layouts[key].nbytes for key in keys[name]) for name in keys}
     return [
         Row(name, specs[name].tag(), (*leads[name], *specs[name].shape), nbytes)
@@ -112,48 +111,55 @@ def _is_key(leaf: Any) -> bool:
 
 
 def load(source: str, config: QuantConfig | None = None, progress: bool | None = None) -> Loaded:
-    """All of a checkpoint, verified; `config`: how to quantize one in full precision."""
+    """Load and verify a complete checkpoint.
+
+    Args:
+      source: path of the checkpoint.
+      config: how to quantize a Hugging Face directory in full precision; None: not at all.
+      progress: whether to draw a progress bar; None: only if stderr is a terminal.
+    """
     path = Path(source)
-    form = form_of(path)
-    if config is not None and form != "huggingface":
-        raise ValueError(f"{path} is {form}; only Hugging Face directories are quantized")
-    if form == "bitsandbytes":
-        return Loaded(form, dict(bitsandbytes.load_file(path)))
-    if form == "peft":
+    file_format = detect_format(path)
+    if config is not None and file_format != "huggingface":
+        raise ValueError(f"{path} is {file_format}; only Hugging Face directories are quantized")
+    if file_format == "bitsandbytes":
+        return Loaded(file_format, dict(bitsandbytes.load_file(path)))
+    if file_format == "peft":
         _, pairs = peft.read_adapters(path)
         halves = {
             f"{n}.lora_{s}": a for n, pair in pairs.items() for s, a in zip("AB", pair, strict=True)
         }
-        return Loaded(form, halves)
-    if form == "huggingface":
+        return Loaded(file_format, halves)
+    if file_format == "huggingface":
         tree = huggingface.load_directory(path, config, progress=progress)
-        beside = {name: (path / name).read_bytes() for name in _BESIDE if (path / name).is_file()}
-        return Loaded(form, dict(tree), Checkpoint(path).config, beside)
+        files = [path / name for name in _EXTRA_FILES]
+        extra_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+        return Loaded(file_format, dict(tree), Checkpoint(path).config, extra_files)
     tree = checkpoint.restore(path)
     if isinstance(tree, dict) and tree.keys() == {"config.json", "weights"}:
-        return Loaded(form, flatten(tree["weights"]), json.loads(str(tree["config.json"])))
-    return Loaded(form, flatten(tree))
+        return Loaded(file_format, flatten(tree["weights"]), json.loads(str(tree["config.json"])))
+    return Loaded(file_format, flatten(tree))
 
 
-def write(loaded: Loaded, target: str, form: str, quant_storage: str) -> None:
-    """Writes a checkpoint in one of the `WRITTEN` forms.
+def write(loaded: Loaded, target: str, file_format: str, quant_storage: str) -> None:
+    """Write a checkpoint in one of the `WRITTEN` formats.
 
     Raises:
-      FileExistsError: there is something already.
-      ValueError: a Hugging Face directory needs a config, which the source does not have.
+      FileExistsError: the target exists.
+      ValueError: the target is a Hugging Face directory and the source has no config.
     """
     path = Path(target)
     if path.exists():
         raise FileExistsError(f"{path} exists already")
-    if loaded.form == "peft":
+    if loaded.format == "peft":
         raise NotImplementedError("adapters are not converted: peft.load_adapters, save_adapters")
-    if form == "bitsandbytes":
+    if file_format == "bitsandbytes":
         return bitsandbytes.save_file(loaded.tree, path, quant_storage, metadata={"format": "pt"})
-    if form == "huggingface":
+    if file_format == "huggingface":
         if loaded.config is None:
             raise ValueError(f"the source has no config.json, which {path} would need")
         huggingface.save_directory(loaded.tree, path, loaded.config, quant_storage)
-        for name, content in loaded.beside.items():
+        for name, content in loaded.extra_files.items():
             (path / name).write_bytes(content)
         return None
     tree: dict[str, Any] = {"weights": loaded.tree}
@@ -163,6 +169,6 @@ def write(loaded: Loaded, target: str, form: str, quant_storage: str) -> None:
 
 
 def fingerprint_of(loaded: Loaded) -> str:
-    """That of the 4-bit weights; "none" where there is none."""
+    """Return the fingerprint of the 4-bit weights, or "none" if there are none."""
     quantized = any(isinstance(leaf, Params4bit) for leaf in loaded.tree.values())
     return fingerprint(loaded.tree) if quantized else "none"

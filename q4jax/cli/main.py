@@ -1,7 +1,7 @@
-"""The command line: inspect, verify and convert checkpoints.
+"""The commands of `python -m q4jax`: inspect, verify and convert checkpoints.
 
-Exit codes: 0 done; 1 the checkpoint is damaged or does not fit (ValueError); 2 the command line is
-wrong; 3 a file is missing, or cannot be written; 4 a kind of checkpoint that is not supported.
+Exit codes: 0 success; 1 the checkpoint is damaged or does not fit (ValueError); 2 wrong command
+line; 3 a file is missing or cannot be written; 4 the checkpoint format is not supported.
 """
 
 import argparse
@@ -14,16 +14,16 @@ from q4jax.cli import formats
 from q4jax.cli.table import table
 from q4jax.convert.config import QuantConfig
 from q4jax.core.codebooks import BLOCKSIZES, CODEBOOKS
-from q4jax.interop.bitsandbytes.weight_keys import CONTAINERS
-from q4jax.interop.huggingface.directory import read_json
+from q4jax.interop.bitsandbytes.tensors import CONTAINERS
+from q4jax.interop.files import read_json
 
 DAMAGED, MISSING, UNSUPPORTED = 1, 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code.
+    """Run a command; return the exit code.
 
-    Example:
+    Examples:
       >>> main(["inspect", "/nowhere"])
       3
     """
@@ -34,13 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, UNSUPPORTED)
     except OSError as error:
         return _fail(error, MISSING)
-    except (ValueError, RuntimeError) as error:  # the latter of Orbax, for what it cannot decode
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # Orbax raises RuntimeError for files it cannot decode
         return _fail(error, DAMAGED)
     return 0
 
 
 def _fail(error: Exception, code: int) -> int:
-    # The text may have names from the file in it: no control characters on a terminal.
+    # Names from a file are untrusted: control characters must not reach the terminal.
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
     print(f"q4jax: {text}", file=sys.stderr)
     return code
@@ -56,25 +59,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    inspect = commands.add_parser("inspect", help="list what is in a checkpoint")
+    inspect = commands.add_parser("inspect", help="list the tensors of a checkpoint")
     inspect.add_argument("path")
     inspect.set_defaults(run=_inspect)
 
-    verify = commands.add_parser("verify", help="read all of a checkpoint and check it")
+    verify = commands.add_parser("verify", help="read a complete checkpoint and check it")
     verify.add_argument("path")
-    verify.add_argument("--fingerprint", metavar="SHA256", help="what the 4-bit weights must have")
+    verify.add_argument("--fingerprint", metavar="SHA256", help="expected fingerprint")
     verify.set_defaults(run=_verify)
 
-    convert = commands.add_parser("convert", help="write a checkpoint in another form")
+    convert = commands.add_parser("convert", help="write a checkpoint in another format")
     convert.add_argument("source")
     convert.add_argument("target")
     convert.add_argument(
-        "--to", choices=formats.WRITTEN, required=True, help="the form of the target"
+        "--to", choices=formats.WRITTEN, required=True, help="format of the target"
     )
     convert.add_argument("--quantize", choices=tuple(CODEBOOKS), help="quantize linear layers")
     convert.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64)
     convert.add_argument("--plain", action="store_true", help="no double quantization")
-    convert.add_argument("--skip", action="append", help="a layer to leave alone (lm_head)")
+    convert.add_argument("--skip", action="append", help="a layer to keep dense (lm_head)")
     convert.add_argument("--quant-storage", choices=CONTAINERS, default="uint8")
     convert.add_argument("--config", help="config.json for a Hugging Face directory")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -83,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    print(table(formats.describe(options.path)))
+    print(table(formats.list_tensors(options.path)))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -91,7 +94,7 @@ def _verify(options: argparse.Namespace) -> None:
     digest = formats.fingerprint_of(checked)
     if options.fingerprint and options.fingerprint != digest:
         raise ValueError(f"{options.path} has fingerprint {digest}, not {options.fingerprint}")
-    print(f"{options.path}: {checked.form}, {len(checked.tree)} tensors, fingerprint {digest}")
+    print(f"{options.path}: {checked.format}, {len(checked.tree)} tensors, fingerprint {digest}")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ class QuantConfig:
     Raises:
       ValueError: a setting that is not allowed.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> q4jax.QuantConfig(skip=("lm_head", "embed_tokens")).quant_type
       'nf4'
@@ -62,17 +62,17 @@ class QuantConfig:
         object.__setattr__(self, "skip", tuple(names))
 
     def skips(self, path: str) -> str | None:
-        """The entry of `skip` that leaves the module at this dotted path alone, if any."""
+        """Return the entry of `skip` that excludes the module at this dotted path, or None."""
         return next((name for name in self.skip if f".{name}." in f".{path}."), None)
 
     @classmethod
     def from_bnb_config(cls, config: Mapping[str, Any]) -> "QuantConfig":
-        """From transformers' `BitsAndBytesConfig` as a dict (`quantization_config`).
+        """Read transformers' `BitsAndBytesConfig`, given as a dict (`quantization_config`).
 
         Raises:
           ValueError: 8-bit loading, an unknown key, or a value that is not allowed.
 
-        Example:
+        Examples:
           >>> import q4jax
           >>> q4jax.QuantConfig.from_bnb_config({"load_in_4bit": True}).quant_type
           'fp4'

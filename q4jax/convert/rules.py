@@ -15,7 +15,7 @@ EVERY = ".*"
 
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
-    r"""What happens to the layers whose path a regular expression matches as a whole.
+    r"""What happens to the layers whose complete path a regular expression matches.
 
     Rules are an ordered list: the first that matches a layer decides. A layer that none matches is
     left alone.
@@ -32,7 +32,7 @@ class QuantRule:
     Raises:
       ValueError: a setting that is not allowed; the pattern is no regular expression.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> from flax import nnx
       >>> rngs = nnx.Rngs(0)
@@ -66,12 +66,12 @@ class QuantRule:
         QuantConfig(self.quant_type, self.blocksize, self.compress_statistics, self.dtype)
 
     def matches(self, path: str) -> bool:
-        """Whether the pattern matches the whole of a path."""
+        """Return whether the pattern matches a complete path."""
         return compiled(self.pattern).fullmatch(path) is not None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the 4-bit layers take."""
+        """The arguments of the 4-bit layers."""
         return {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -84,7 +84,7 @@ Config = QuantConfig | Sequence[QuantRule] | None
 
 
 def compiled(pattern: Any) -> "re.Pattern[str]":
-    """A regular expression; ValueError, with what is wrong, for anything else."""
+    """Compile a regular expression; ValueError, with the reason, for anything else."""
     if not isinstance(pattern, str):
         raise ValueError(f"a pattern must be a string, got {pattern!r}")
     try:
@@ -94,7 +94,7 @@ def compiled(pattern: Any) -> "re.Pattern[str]":
 
 
 class Rules:
-    """A `QuantConfig` or a list of `QuantRule`s, asked path by path."""
+    """A `QuantConfig` or a list of `QuantRule`s, applied path by path."""
 
     def __init__(self, config: Config, overrides: dict[str, Any]):
         self._config: QuantConfig | None = None
@@ -112,7 +112,7 @@ class Rules:
         self.rules = tuple(rules)
 
     def choose(self, path: str) -> tuple[QuantRule | None, str]:
-        """The rule for the layer at a path; or None, and why it is left alone."""
+        """Return the rule for the layer at a path; or None, and the reason why it is kept."""
         entry = None if self._config is None else self._config.skips(path.replace("/", "."))
         if entry is not None:
             return None, f"skip has {entry!r}"
@@ -122,12 +122,12 @@ class Rules:
         return (None, f"rule {rule.pattern!r} skips it") if rule.skip else (rule, "")
 
     def require_matches(self, paths: Iterable[str]) -> None:
-        """ValueError where a rule matches none of the layers of a model."""
+        """Raise ValueError where a rule matches no layer of a model."""
         require_matches([rule.pattern for rule in self.rules if rule.pattern != EVERY], paths)
 
 
 def require_matches(patterns: Iterable[str], paths: Iterable[str]) -> None:
-    """ValueError, naming the patterns and some of the paths, where one matches none of them."""
+    """Raise ValueError, with patterns and some paths, where a pattern matches no path."""
     found = list(paths)
     idle = [p for p in patterns if not any(compiled(p).fullmatch(path) for path in found)]
     if idle:

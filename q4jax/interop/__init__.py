@@ -1,11 +1,9 @@
-"""Other people's files, in and out: bitsandbytes, Hugging Face, PEFT.
+"""Third-party checkpoint formats: bitsandbytes, Hugging Face and PEFT, read and written.
 
-What is read may be hostile: every length, offset, name and number in a file is checked before
-anything is allocated for it, and a file is taken whole or refused with a one-line error.
+Files may be hostile: every length, offset, name and number is checked before memory is allocated
+for it. A malformed file raises a one-line error and nothing is loaded.
 """
 
-from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
-from q4jax.interop.huggingface import load_save as huggingface
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import bitsandbytes, huggingface, peft
 
 __all__ = ["bitsandbytes", "huggingface", "peft"]

@@ -1,4 +1,4 @@
-"""Where arrays go when they are loaded: the `sharding` argument of the loaders."""
+"""Where loaded arrays are placed: the `sharding` argument of the loaders."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,20 +7,23 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from q4jax.core.state import QuantState
+from q4jax.ops.params import Params4bit
+
 Placement = (
     Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | Mapping[str, Sharding] | Sharding
 )
-"""A function of an array's name and shape; or shardings by name; or one for all arrays.
+"""A function from an array's name and shape to its sharding, a mapping from names, or one sharding.
 
 The arrays of a 4-bit weight are named `<weight>.packed`, `<weight>.absmax`,
-`<weight>.nested_absmax` and `<weight>.offset`. None, or a name that the mapping does not have:
-the default device."""
+`<weight>.nested_absmax` and `<weight>.offset`. An array goes to the default device where the
+function returns None or the mapping lacks its name."""
 
 
 def place(name: str, array: np.ndarray | jax.Array, placement: Placement | None) -> Any:
-    """The array on its device or devices; memory that nothing else writes to is not copied.
+    """Return the array on its devices, without a copy where the default device is the host.
 
-    64-bit arrays, which JAX would round to 32 bits, stay what they are unless it holds 64.
+    64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set, since JAX would round them.
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
@@ -31,3 +34,12 @@ def place(name: str, array: np.ndarray | jax.Array, placement: Placement | None)
     if isinstance(placement, Mapping):
         return jax.device_put(array, placement.get(name))
     return jax.device_put(array, placement(name, jax.ShapeDtypeStruct(array.shape, array.dtype)))
+
+
+def place_weight(name: str, weight: Params4bit, placement: Placement | None) -> Params4bit:
+    """Return a 4-bit weight with its codes and statistics on their devices."""
+    state = weight.quant_state
+    parts = ("absmax", "nested_absmax", "offset")[: 3 if state.nested else 1]
+    arrays = [place(f"{name}.{part}", getattr(state, part), placement) for part in parts]
+    packed = place(f"{name}.packed", weight.packed, placement)
+    return Params4bit(packed, QuantState.tree_unflatten(state.spec, arrays))

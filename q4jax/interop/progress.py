@@ -1,4 +1,4 @@
-"""A progress bar, where somebody looks."""
+"""A progress bar on stderr, shown on a terminal only."""
 
 import sys
 import time
@@ -10,15 +10,15 @@ _INTERVAL = 0.1
 
 
 class Progress:
-    """A bar on stderr that grows with bytes; a context manager.
+    """A context manager that draws a progress bar of bytes.
 
     Args:
-      label: what is being done.
-      total: bytes at its end.
-      show: None: where stderr is a terminal.
-      file: None: stderr.
+      label: text before the bar.
+      total: bytes that make a full bar.
+      show: whether to draw it; None: only if `file` is a terminal.
+      file: text stream to draw on; None: stderr.
 
-    Example:
+    Examples:
       >>> with Progress("load", 2_000_000, show=True, file=sys.stdout) as bar:
       ...     bar.add(2_000_000)
       load [##############################] 100% of 2.0 MB
@@ -33,7 +33,7 @@ class Progress:
         self._start = "\r" if self._file.isatty() else ""
 
     def add(self, count: int) -> None:
-        """Counts bytes, and draws now and then."""
+        """Add `count` bytes to the bar; redraw it at most every 0.1 s."""
         self._done += count
         if self._start and time.monotonic() - self._drawn > _INTERVAL:
             self._draw("")
@@ -43,11 +43,11 @@ class Progress:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if error_type is None:
             self._done = self._total
         self._draw("\n")
 
@@ -64,7 +64,7 @@ class Progress:
 
 
 def size(count: int) -> str:
-    """Bytes, for people.
+    """Return a byte count as readable text.
 
     >>> size(512), size(1_300_000), size(4_000_000_000)
     ('512 B', '1.3 MB', '4.0 GB')

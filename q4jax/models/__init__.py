@@ -1,18 +1,32 @@
-"""The Llama family in NNX: models, pretrained weights, generation."""
+"""Language models of the Llama family in Flax NNX.
 
-from q4jax.models.generation.generate import generate
-from q4jax.models.llama.config import LlamaConfig
-from q4jax.models.llama.decoder import Llama
-from q4jax.models.llama.shardings import LlamaShardings
-from q4jax.models.pretrained.load import from_pretrained, from_tensors
-from q4jax.models.pretrained.save import save_pretrained
+`from_pretrained` loads a Hugging Face directory, in full precision or in 4 bits, and `generate`
+continues prompts.
+"""
+
+import warnings
+from typing import Any
+
+from q4jax.models.generation import generate
+from q4jax.models.llama import Llama, LlamaConfig, LlamaShardings
+from q4jax.models.pretrained import from_pretrained, from_state_dict, save_pretrained
 
 __all__ = [
     "Llama",
     "LlamaConfig",
     "LlamaShardings",
     "from_pretrained",
-    "from_tensors",
+    "from_state_dict",
     "generate",
     "save_pretrained",
 ]
+
+for _name in __all__:
+    globals()[_name].__module__ = __name__  # reprs and pickles do not depend on the file
+
+
+def __getattr__(name: str) -> Any:
+    if name == "from_tensors":
+        warnings.warn("from_tensors is now from_state_dict", DeprecationWarning, stacklevel=2)
+        return from_state_dict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

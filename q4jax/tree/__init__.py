@@ -1,1 +1,1 @@
-"""Questions about a whole model or pytree: its leaves, memory, fingerprint and shardings."""
+"""Questions about a complete model or pytree: its leaves, memory, fingerprint and shardings."""

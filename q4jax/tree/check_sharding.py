@@ -1,4 +1,4 @@
-"""Whether the 4-bit weights of a model lie on a mesh as they must."""
+"""`check_sharding`: find 4-bit weights whose sharding cannot work."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from q4jax.tree.leaves import find_weights, leaves, name_of
 
 
 def check_sharding(tree: Any) -> None:
-    """Finds a weight that is split wrongly before a program is compiled, and names its layer.
+    """Check the sharding of each 4-bit weight before a program is compiled.
 
     Args:
       tree: a module, its state, or a pytree; its arrays may be `jax.ShapeDtypeStruct`s with a
@@ -22,7 +22,7 @@ def check_sharding(tree: Any) -> None:
       ValueError: codes and scales of a weight are split differently, or over axes that would split
         a block. The message names the layer, the mesh axes and the sizes.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, q4jax
       >>> q4jax.check_sharding({"layer": q4jax.Params4bit.quantize(jnp.ones((2, 64)))})
     """

@@ -1,4 +1,4 @@
-"""Digests of the bytes of 4-bit weights."""
+"""`fingerprint`: a digest of the 4-bit weights of a tree."""
 
 import hashlib
 from typing import Any
@@ -11,7 +11,7 @@ from q4jax.tree.leaves import Path, describe, find_weights, in_weight, leaves, n
 
 
 def fingerprint(tree: Any) -> str:
-    """A digest of all 4-bit weights in a tree: names, dtypes, shapes and bytes.
+    """Compute a digest of all 4-bit weights in a tree: names, dtypes, shapes and bytes.
 
     Two trees that hold the same weights under the same names have the same fingerprint, whatever
     holds them: an NNX module, its `nnx.state`, the pure dict of that, or a pytree. What is not
@@ -29,7 +29,7 @@ def fingerprint(tree: Any) -> str:
         its description; two leaves have one name.
       TypeError: a weight is abstract or traced.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
       >>> before = q4jax.fingerprint({"step": 1, "layers": [weight]})
@@ -48,13 +48,13 @@ def fingerprint(tree: Any) -> str:
 
 
 def combine(digests: dict[str, str]) -> str:
-    """One digest of named digests, whatever their order."""
+    """Combine named digests to one, whatever their order."""
     lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def digest(path: Path, leaf: Any) -> str:
-    """sha256 of an array's dtype, shape and bytes, in hexadecimal."""
+    """Compute the sha256 of an array's dtype, shape and bytes, in hexadecimal."""
     if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
         raise TypeError(f"{name_of(path)} must be an array with values, got {type(leaf).__name__}")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

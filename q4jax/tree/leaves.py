@@ -1,4 +1,4 @@
-"""The leaves of any tree that may hold 4-bit weights, by where they are, and the way back."""
+"""The leaves of a tree by path, and the 4-bit weights among them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ Leaves = dict[Path, Any]
 
 
 def leaves(tree: Any) -> Leaves:
-    """The leaves of a tree and where they are; modules, Variables and Linen's boxes are opened.
+    """Return the leaves of a tree by path; modules, Variables and Linen's boxes are opened.
 
     Raises:
       ValueError: two leaves have one name; a Variable belongs to a weight of another description.
@@ -57,7 +57,7 @@ def map_leaves(
     prefix: Path = (),
     variable: nnx.Variable[Any] | None = None,
 ) -> Any:
-    """The tree with `function(path, leaf, variable)` in the place of each leaf.
+    """Replace each leaf of a tree by `function(path, leaf, variable)`.
 
     Modules, Variables and Linen's boxes come back as what they were, new ones with the new leaves;
     `variable` is the Variable that holds the leaf, or None.
@@ -92,7 +92,7 @@ def _key(entry: Any) -> str | int | SequenceKey:
 
 
 def nest(values: Leaves) -> Any:
-    """Nested dicts and lists from paths; an index of a list that has no leaf is None."""
+    """Nest values by path in dicts and lists; an index of a list that has no leaf is None."""
     if () in values:
         return values[()]
     groups: dict[Any, Leaves] = {}
@@ -105,19 +105,19 @@ def nest(values: Leaves) -> Any:
 
 
 def describe(leaf: Any) -> str:
-    """A leaf in a word: `uint8[128, 64]`, or the name of its type where it is no array."""
+    """Describe a leaf as `uint8[128, 64]`, or by its type where it is not an array."""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return type(leaf).__name__
 
 
 def name_of(path: Path) -> str:
-    """The name of a leaf, alike for every kind of container: `layers.0.weight.packed`."""
+    """Return the name of a leaf, such as `layers.0.weight.packed`, the same in every container."""
     return ".".join(str(key.idx if isinstance(key, SequenceKey) else key) for key in path)
 
 
 def tag_of(path: Path) -> QuantSpec | None:
-    """The spec that the last key carries; None where it carries none."""
+    """Return the spec in the tag of the last key, or None."""
     try:
         return split_tag(str(path[-1]))[1] if path else None
     except ValueError:
@@ -125,7 +125,7 @@ def tag_of(path: Path) -> QuantSpec | None:
 
 
 def find_weights(found: Leaves) -> dict[Path, Params4bit]:
-    """The 4-bit weights among leaves, each by the path of its `Params4bit`.
+    """Find the 4-bit weights among leaves, each by the path of its `Params4bit`.
 
     Raises:
       ValueError: a weight is incomplete, or its arrays do not fit its description.
@@ -138,7 +138,7 @@ def find_weights(found: Leaves) -> dict[Path, Params4bit]:
 
 
 def _weight(found: Leaves, path: Path, arrays: dict[str, Any]) -> Params4bit:
-    """The weight whose scales, `arrays` by key, are at `path`."""
+    """Return the weight whose scales, `arrays` by key, are at `path`."""
     spec = split_tag(next(iter(arrays)))[1]
     names = ("absmax", "nested_absmax", "offset") if spec.nested else ("absmax",)
     keys = [with_tag(name, spec) for name in names]
@@ -162,7 +162,7 @@ def _weight(found: Leaves, path: Path, arrays: dict[str, Any]) -> Params4bit:
 
 
 def in_weight(path: Path, weights: dict[Path, Params4bit]) -> bool:
-    """Whether a leaf is one of the arrays of these weights."""
+    """Return whether a leaf is one of the arrays of these weights."""
     return (path[-1:] == ("packed",) and path[:-1] in weights) or (
         tag_of(path) is not None and path[:-2] in weights
     )

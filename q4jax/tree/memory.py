@@ -1,4 +1,4 @@
-"""`memory_report`: what a model's arrays cost, and what 4 bits saved."""
+"""`memory_report` and `trainable_report`: bytes and counts of a model."""
 
 import dataclasses
 from typing import Any
@@ -37,12 +37,12 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.code_bytes + self.scale_bytes + sum(self.other_bytes.values()) + self.lora_bytes
 
     @property
     def dense_bytes(self) -> int:
-        """What the model would take with its 4-bit weights in the dtype they had."""
+        """Bytes of the model with its 4-bit weights in their original dtypes."""
         return self.total_bytes - self.code_bytes - self.scale_bytes + self.original_bytes
 
     @property
@@ -97,7 +97,7 @@ class TrainableReport:
 
 
 def trainable_report(model: Any) -> TrainableReport:
-    """What of an nnx model is trained, as PEFT's `print_trainable_report` counts it.
+    """Count the trained parameters of an nnx model, like PEFT's `print_trainable_parameters`.
 
     Args:
       model: an nnx module, concrete or abstract.
@@ -106,7 +106,7 @@ def trainable_report(model: Any) -> TrainableReport:
       TypeError: not an nnx module.
       ValueError: it has no weight.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0)))
@@ -129,7 +129,7 @@ def trainable_report(model: Any) -> TrainableReport:
 
 
 def memory_report(model: Any) -> MemoryReport:
-    """Bytes by part, bits per weight and trainable counts of an nnx model.
+    """Count the bytes by part, the bits per weight and the trained parameters of an nnx model.
 
     A Variable that is shared counts once. Bytes are those of the logical arrays, so on a mesh
     they are summed over shards, with replicas counted once.
@@ -140,7 +140,7 @@ def memory_report(model: Any) -> MemoryReport:
     Raises:
       TypeError: not an nnx module.
 
-    Example:
+    Examples:
       >>> import q4jax
       >>> from flax import nnx
       >>> model = q4jax.quantize_model(nnx.Linear(1024, 1024, rngs=nnx.Rngs(0)))
@@ -181,7 +181,7 @@ def memory_report(model: Any) -> MemoryReport:
 
 
 def _weights(model: nnx.Module) -> list[Params4bit]:
-    """Every 4-bit weight, a shared one once."""
+    """Return every 4-bit weight, a shared one once."""
     found: dict[int, Params4bit] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Params4bit):

@@ -23,6 +23,7 @@ from flax.training.train_state import TrainState
 import q4jax
 import q4jax.linen
 from q4jax import checkpoint
+from q4jax.checkpoint import orbax
 from q4jax.nnx.variables import Frozen4bit
 from q4jax.tree.fingerprint import fingerprint
 
@@ -353,7 +354,7 @@ def test_a_wrong_target_is_refused_before_an_array_is_read(
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a, target
         )
-    monkeypatch.setattr(checkpoint, "_restore_args", lambda *args: pytest.fail("arrays were read"))
+    monkeypatch.setattr(orbax, "_restore_args", lambda *args: pytest.fail("arrays were read"))
     with pytest.raises(ValueError, match=r"^target does not match the checkpoint: ") as error:
         checkpoint.restore(saved_once, target)
     message = str(error.value)
@@ -385,7 +386,7 @@ def test_a_target_that_contradicts_itself(monkeypatch, saved_once, target, mine,
     target = target()
     if abstract:
         target = jax.eval_shape(lambda tree: tree, target)
-    monkeypatch.setattr(checkpoint, "_restore_args", lambda *args: pytest.fail("arrays were read"))
+    monkeypatch.setattr(orbax, "_restore_args", lambda *args: pytest.fail("arrays were read"))
     with pytest.raises(ValueError, match=f"^a.w: {mine}"):
         checkpoint.restore(saved_once, target)
 
@@ -534,7 +535,7 @@ def test_a_changed_header_is_found(tmp_path):
 
 def test_a_format_of_the_future_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("q4jax.header.FORMAT", 2)
+        patch.setattr("q4jax.checkpoint.manifest.FORMAT", 2)
         checkpoint.save(tmp_path / "c", saved())
     with pytest.raises(ValueError, match="has format 2, this q4jax reads 1"):
         checkpoint.restore(tmp_path / "c")
@@ -621,6 +622,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import q4jax
 from q4jax import checkpoint
+from q4jax.checkpoint import orbax
 from q4jax.tree.fingerprint import fingerprint
 path = sys.argv[1]
 """
@@ -764,7 +766,7 @@ def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def half_a_swap(path, staging):
-    path.rename(checkpoint._sibling(path, "old"))
+    path.rename(orbax._sibling(path, "old"))
     die()
 
 def die_at_the_header(args):
@@ -777,10 +779,10 @@ point = sys.argv[2]
 if point != "first":
     checkpoint.save(path, {"w": q4jax.Params4bit.quantize(x), "x": x, "step": 1})
 if point in ("first", "writing"):  # while Orbax writes
-    save_args = checkpoint.save_args
-    checkpoint.save_args = lambda tree: die_at_the_header(save_args(tree))
+    save_args = orbax.save_args
+    orbax.save_args = lambda tree: die_at_the_header(save_args(tree))
 else:
-    checkpoint._replace = {"staged": die, "swapping": half_a_swap}[point]
+    orbax._replace = {"staged": die, "swapping": half_a_swap}[point]
 checkpoint.save(path, {"w": q4jax.Params4bit.quantize(-x), "x": -x, "step": 2}, force=True)
 """
 

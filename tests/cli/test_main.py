@@ -1,4 +1,4 @@
-"""The command line: every way from one form to another and back, and exit codes."""
+"""The command line: conversions between all formats, and exit codes."""
 
 import json
 import shutil
@@ -13,15 +13,14 @@ from flax import nnx
 import q4jax
 from q4jax import checkpoint
 from q4jax.cli.main import main
-from q4jax.interop.huggingface import load_save as huggingface
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import huggingface, peft
 from tests.support.vectors import GOLDEN
 
 LLAMA = GOLDEN / "llama_tiny_bnb4"
 
 
 def run(capsys, *arguments):
-    """(exit code, what was printed)."""
+    """Run a command; return (exit code, printed text)."""
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return code, out + err
@@ -104,7 +103,11 @@ def other_method(folder):
         (damage, 1, "has a malformed header: its tensors end at byte"),
         (other_method, 4, "quant_method='gptq'"),
         (lambda folder: (folder / "model.safetensors").unlink(), 3, "has neither"),
-        (lambda folder: (folder / "config.json").unlink(), 4, "is no checkpoint that q4jax knows"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            4,
+            "is not a checkpoint that q4jax knows",
+        ),
         (shutil.rmtree, 3, "there is nothing at"),
     ],
 )
@@ -131,7 +134,7 @@ def test_a_flipped_bit_is_named(tmp_path, capsys):
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
-    from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
+    from q4jax.interop import bitsandbytes
 
     bitsandbytes.save_file({"a\x1b[2J": jnp.ones(1)}, tmp_path / "x")
     code, out = run(capsys, "inspect", tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Tests against other people's packages; each skipped where what it needs does not import."""
+"""Tests against third-party packages, each skipped if a package does not import."""
 
 import functools
 import importlib
@@ -11,8 +11,8 @@ NEEDS = {"test_gemma.py": ("gemma",)}
 
 
 @functools.cache
-def why_not(names):
-    """The reason why the libraries cannot be used, or None."""
+def unsupported_reason(names):
+    """Return why the packages cannot be used, or None."""
     for name in names:
         try:
             with warnings.catch_warnings():
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/cross" not in item.path.as_posix():
             continue
-        reason = why_not(NEEDS.get(item.path.name, DEFAULT))
-        item.add_marker(pytest.mark.filterwarnings("ignore"))  # theirs
+        reason = unsupported_reason(NEEDS.get(item.path.name, DEFAULT))
+        item.add_marker(pytest.mark.filterwarnings("ignore"))  # of the packages
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))

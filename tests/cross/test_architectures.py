@@ -20,7 +20,7 @@ def load(folder, **settings):
 
 
 def their_logits(model, vectors):
-    """Of the real tokens, `[N, vocab_size]`."""
+    """Return the logits of the real tokens, `[N, vocab_size]`."""
     import torch
 
     mask = torch.tensor(vectors["attention_mask"], dtype=torch.long)
@@ -41,7 +41,7 @@ def test_our_directory_there(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_their_quantized_directory_here(case, tmp_path):
-    """transformers leaves experts dense and quantizes all that is a linear layer of torch."""
+    """transformers keeps experts dense and quantizes every torch linear layer."""
     import torch
     from transformers import BitsAndBytesConfig
 

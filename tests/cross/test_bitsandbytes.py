@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import q4jax
-from q4jax.interop.bitsandbytes import state_dict as bnb
+from q4jax.interop import bitsandbytes as bnb
 
 CASES = [
     ("nf4", True, "uint8", "float32"),

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import q4jax
-from q4jax.interop.peft import load_save as adapters
+from q4jax.interop import peft as adapters
 from q4jax.models import from_pretrained, save_pretrained
 
 IDS = np.arange(34).reshape(2, 17) * 7 % 320

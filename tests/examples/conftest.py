@@ -1,4 +1,4 @@
-"""Fixtures of the tests below."""
+"""Fixtures of a tiny Llama."""
 
 from tests.support.tiny_llama import config, forward, input_ids, model, relative
 

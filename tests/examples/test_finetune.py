@@ -1,4 +1,4 @@
-"""The fine-tuning example on a tiny model: what it writes, that it resumes exactly, and Ctrl-C."""
+"""The fine-tuning example on a tiny model: its files, exact resumption, and Ctrl-C."""
 
 import json
 import os
@@ -38,7 +38,7 @@ KEYS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    """The second process finds q4jax where this one did, installed or not."""
+    """Let the second process import the same q4jax as this one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         yield
@@ -46,7 +46,7 @@ def importable():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A Hugging Face directory with a tokenizer of bytes, and a text."""
+    """Write a Hugging Face directory with a byte tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("inputs")
     config = LlamaConfig(
         vocab_size=256,
@@ -78,7 +78,7 @@ def arguments(inputs, out, steps=STEPS):
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
-    """The folder of a run without interruption."""
+    """Return the folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("finished") / "out"
     finetune.main(arguments(inputs, out))
     return out
@@ -137,7 +137,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(inputs, tmp_path):
         process.send_signal(signal.SIGINT)
         assert "--resume" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
-    _, optimizer = finetune.restore(runs.Run(out), finetune.Placement(None, 64))
+    _, optimizer = finetune.restore(runs.Run(out), finetune.RunSharding(None, 64))
     assert int(optimizer.step[...]) == len(runs.Run(out).history("loss")) >= 1
 
 
@@ -185,7 +185,7 @@ def test_batches_depend_on_seed_and_step_alone():
 @pytest.mark.slow
 @pytest.mark.heavy
 def test_on_a_mesh_and_on_another(inputs, tmp_path):
-    """Eight simulated devices give the perplexities of one, and the run is restored on others."""
+    """Eight simulated devices give the perplexities of one, and another mesh restores the run."""
 
     def run(name, *options):
         out = tmp_path / name

@@ -1,4 +1,4 @@
-"""The generation example on a tiny model: the text of every prompt, its speed and its memory."""
+"""The generation example on a tiny model: texts of all prompts, speed and memory."""
 
 import pytest
 from flax import nnx

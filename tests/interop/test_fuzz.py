@@ -1,4 +1,4 @@
-"""Malformed input: refused in one of the documented ways, or read as the plain reader reads it.
+"""Malformed input is refused by a documented error, or read as by the reference reader.
 
 Each mutant has a number, and the same number is the same mutant everywhere.
 """
@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import q4jax
-from q4jax.interop.bitsandbytes import state_dict as bnb
-from q4jax.interop.huggingface import load_save as huggingface
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import bitsandbytes as bnb
+from q4jax.interop import huggingface, peft
 from q4jax.models import LlamaConfig, from_pretrained
 from tests.support.fuzz import mutants, reader
 from tests.support.vectors import GOLDEN
@@ -34,7 +33,7 @@ SECONDS, BYTES = 2.0, 8_000_000
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The bytes of good files."""
+    """Return the bytes of valid files."""
     folder = GOLDEN / "linear4bit"
     found = [path.read_bytes() for path in folder.glob("*.state_dict.safetensors")]
     w = jnp.linspace(-1, 1, 3 * 33).reshape(3, 33)
@@ -57,7 +56,7 @@ def measured():
 
 
 def attempt(number, size, load, seconds=SECONDS):
-    """What `load` returns, or None where it refused; within the limits."""
+    """Return the result of `load`, or None if it refused; check time and memory."""
     tracemalloc.clear_traces()
     start = time.process_time()
     try:
@@ -73,7 +72,7 @@ def attempt(number, size, load, seconds=SECONDS):
 
 
 def run_files(files, folder, numbers):
-    """How many mutants were read; every one of these as by the reader."""
+    """Return the number of mutants that were read; compare each with the reference reader."""
     path, loaded = folder / "mutant.safetensors", 0
     for number in numbers:
         rng = random.Random(number)
@@ -125,7 +124,7 @@ PATHS = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A small directory in two shards, with a folder, a link out of it and a pipe beside them."""
+    """Write a directory of two shards, with a folder, a dangling link and a pipe."""
     folder = tmp_path_factory.mktemp("hf")
     tree = {
         "up.weight": q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4"),
@@ -141,22 +140,22 @@ def directory(tmp_path_factory):
 
 
 def change_directory(folder, good, rng):
-    """One of its files mutated."""
+    """Mutate one file of a directory; return the shard that may have changed."""
     index_path = folder / "model.safetensors.index.json"
     index = json.loads((good / index_path.name).read_text())
     config = json.loads((good / "config.json").read_text())
     shard = rng.choice(sorted(set(index["weight_map"].values())))
-    kind = rng.randrange(6)
-    if kind == 0:
+    case = rng.randrange(6)
+    if case == 0:
         index["weight_map"][rng.choice(list(index["weight_map"]))] = rng.choice(PATHS)
-    elif kind == 1:
+    elif case == 1:
         index = mutants.mutate_json(index, rng)
-    elif kind == 2:
+    elif case == 2:
         index["weight_map"] = mutants.mutate_json(index["weight_map"], rng)
-    elif kind == 3:
+    elif case == 3:
         entry = mutants.mutate_json(config["quantization_config"], rng)
         config["quantization_config"] = entry
-    elif kind == 4:
+    elif case == 4:
         config = mutants.mutate_json(config, rng)
     else:
         (folder / shard).write_bytes(mutants.mutate((good / shard).read_bytes(), rng))
@@ -257,7 +256,7 @@ def test_malformed_directories_configs_and_adapters(directory, tmp_path):
 
 
 def run_models(folder, numbers):
-    """Whole Llama models; what still loads has the weights of the file."""
+    """Load mutated models; each one that loads has the weights of its file."""
     shutil.copytree(LLAMA, folder / "m")
     config = json.loads((LLAMA / "config.json").read_text())
     good = (LLAMA / "model.safetensors").read_bytes()

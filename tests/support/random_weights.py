@@ -4,6 +4,7 @@ import json
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -32,3 +33,9 @@ def write_directory(case, folder):
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(metadata["config"])
     return load_file(file)
+
+
+def logits_of(model, vectors, forward):
+    """float32 `[real tokens, vocab_size]`."""
+    ids, mask = jnp.asarray(vectors["input_ids"]), jnp.asarray(vectors["attention_mask"])
+    return np.asarray(forward(model, ids, attention_mask=mask))[vectors["attention_mask"] == 1]

@@ -1,4 +1,15 @@
-"""bitsandbytes files."""
+"""bitsandbytes' state dicts and safetensors files, read and written byte for byte.
 
-from q4jax.interop.bitsandbytes.state_dict import *  # noqa: F403
-from q4jax.interop.bitsandbytes.state_dict import __all__ as __all__
+`load_file` and `save_file` convert files, `from_state_dict` and `to_state_dict` dicts in memory;
+`load_state_dict` fills an NNX model.
+"""
+
+from q4jax.interop.bitsandbytes.into_module import load_state_dict
+from q4jax.interop.bitsandbytes.state_dict import (
+    from_state_dict,
+    load_file,
+    save_file,
+    to_state_dict,
+)
+
+__all__ = ["from_state_dict", "load_file", "load_state_dict", "save_file", "to_state_dict"]

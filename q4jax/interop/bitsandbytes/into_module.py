@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from q4jax.interop.bitsandbytes.tensors import own_copy, read_tensors, report_extra
-from q4jax.interop.safetensors.writer import Layout
+from q4jax.interop.bitsandbytes.tensors import read_tensors, report_extra
+from q4jax.interop.host_arrays import copy_to_numpy
 from q4jax.nnx.converters import converter_for
 from q4jax.nnx.traverse import iter_modules, replace_modules
 from q4jax.nnx.variables import from_variables, to_variables
@@ -30,7 +30,7 @@ def load_state_dict(
 
     Args:
       model: an nnx module of `Linear4bit`, `Embedding4bit`, `nnx.Linear`, `nnx.Embed`,
-        `nnx.LayerNorm` and `nnx.RMSNorm`; it is left as it was.
+        `nnx.LayerNorm` and `nnx.RMSNorm`; it is not changed.
       state_dict: name to array, as for `from_state_dict`.
       names: torch's name of a module by its dotted path in `model`.
       strict: False: keys that the model has no place for are reported in a UserWarning. Keys that
@@ -44,7 +44,7 @@ def load_state_dict(
         description, dtype or shape. All are named, and nothing is loaded.
       TypeError: a variable of the model has no name in torch.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, numpy as np, q4jax
       >>> from flax import nnx
       >>> from q4jax.interop import bitsandbytes as bnb
@@ -55,10 +55,9 @@ def load_state_dict(
       >>> bnb.load_state_dict(model, full, names=strip)(jnp.ones((1, 64)))[0, 0]
       Array(65., dtype=float32)
     """
-    arrays = {name: own_copy(name, value) for name, value in state_dict.items()}
-    layouts = {name: Layout.of(array) for name, array in arrays.items()}
-    tensors = read_tensors(arrays, layouts, strict, None)
-    names_of = {}
+    arrays = copy_to_numpy(state_dict)
+    tensors = read_tensors(arrays, arrays, strict, None)
+    names_of: dict[tuple[str, str], str] = {}
     for path, module in iter_modules(model):
         for attribute, name in _parameters(path, module).items():
             names_of[path, attribute] = f"{names(path)}.{name}".removeprefix(".")

@@ -1,4 +1,4 @@
-"""bitsandbytes' state dicts and files, in and out, byte for byte."""
+"""Convert state dicts and files from and to bitsandbytes' format, byte for byte."""
 
 import os
 from collections.abc import Mapping
@@ -6,42 +6,41 @@ from typing import Any
 
 import numpy as np
 
-from q4jax.interop.bitsandbytes.into_module import load_state_dict
-from q4jax.interop.bitsandbytes.tensors import Tree, flatten, own_copy, read_tensors
-from q4jax.interop.bitsandbytes.weight_keys import CONTAINERS, sort_names, write_weight
+from q4jax.interop.bitsandbytes.tensors import CONTAINERS, Tree, read_tensors, write_weight
+from q4jax.interop.bitsandbytes.weight_keys import group_keys
+from q4jax.interop.host_arrays import copy_to_numpy
 from q4jax.interop.placement import Placement
 from q4jax.interop.safetensors.reader import TensorFile
-from q4jax.interop.safetensors.writer import Layout, write_file
+from q4jax.interop.safetensors.writer import write_file
+from q4jax.interop.tree import flatten
 from q4jax.ops.params import Params4bit
-
-__all__ = ["from_state_dict", "load_file", "load_state_dict", "save_file", "to_state_dict"]
 
 
 def from_state_dict(
     state_dict: Mapping[str, Any], *, strict: bool = True, sharding: Placement | None = None
 ) -> Tree:
-    """The tensors of a state dict, with each 4-bit weight rebuilt.
+    """Return the tensors of a state dict, each 4-bit weight as one `Params4bit`.
 
-    `weight`, `weight.absmax`, `weight.quant_map`, … become one `Params4bit` under `weight`; what
-    is not quantized stays an array under its name. Codes may be in any `quant_storage`.
+    `weight`, `weight.absmax`, `weight.quant_map`, … become one `Params4bit` under `weight`. Dense
+    tensors stay arrays under their names. Codes may be in any `quant_storage`.
 
     Args:
-      state_dict: name to array: numpy, JAX, or torch on the CPU. It is copied.
-      strict: False: keys below a 4-bit weight that mean nothing are left out and reported in a
-        UserWarning. Nothing else is forgiven.
-      sharding: where arrays go: a function of name and `jax.ShapeDtypeStruct`, a mapping from
-        names, or one sharding. None: the default device.
+      state_dict: NumPy, JAX or CPU torch arrays by name. They are copied.
+      strict: whether unknown keys below a 4-bit weight are an error; False: they are skipped with a
+        UserWarning. All other errors are raised in any case.
+      sharding: a sharding for all arrays, a mapping from names to shardings, or a function from
+        name and `jax.ShapeDtypeStruct` to a sharding; None: the default device.
 
     Returns:
-      name to `Params4bit` or array. 64-bit arrays stay numpy unless JAX holds 64 bits.
+      `Params4bit` or array by name. 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set.
 
     Raises:
-      ValueError: a weight is incomplete; a statistic is not what bitsandbytes writes; a table
-        (`quant_map`) is not the standard one; keys that mean nothing. The message names them.
-      NotImplementedError: tensors of LLM.int8, GPTQ or AWQ.
+      ValueError: a weight is incomplete, a statistic is malformed, a table (`quant_map`) is not the
+        standard one, or a key is unknown. The message names the key.
+      NotImplementedError: there are tensors of LLM.int8, GPTQ or AWQ.
       TypeError: a value is not an array.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> from q4jax.interop import bitsandbytes as bnb
       >>> weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)), quant_type="nf4")
@@ -50,23 +49,27 @@ def from_state_dict(
       {'layer.weight': Params4bit(uint8[2, 32], nf4_b64_n0_float32_2x64),
        'layer.bias': Array([0., 0.], dtype=float32)}
     """
-    tensors = {name: own_copy(name, value) for name, value in state_dict.items()}
-    return read_tensors(
-        tensors, {name: Layout.of(t) for name, t in tensors.items()}, strict, sharding
-    )
+    tensors = copy_to_numpy(state_dict)
+    return read_tensors(tensors, tensors, strict, sharding)
 
 
 def load_file(
     path: str | os.PathLike[str], *, strict: bool = True, sharding: Placement | None = None
 ) -> Tree:
-    """`from_state_dict` of a safetensors file, which is read tensor by tensor.
+    """Load a safetensors file as `from_state_dict` does, reading one tensor at a time.
+
+    Args:
+      path: the file.
+      strict: whether unknown keys below a 4-bit weight are an error; False: they are skipped with a
+        UserWarning.
+      sharding: where arrays are placed, as in `from_state_dict`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a safetensors file, or as `from_state_dict`.
-      NotImplementedError: as `from_state_dict`.
+      ValueError: it is not a safetensors file, or `from_state_dict` refuses its tensors.
+      NotImplementedError: there are tensors of LLM.int8, GPTQ or AWQ.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
       >>> from q4jax.interop import bitsandbytes as bnb
       >>> path = tempfile.mkdtemp() + "/weights.safetensors"
@@ -79,22 +82,22 @@ def load_file(
 
 
 def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict[str, np.ndarray]:
-    """The state dict that bitsandbytes writes for these weights: the inverse of `from_state_dict`.
+    """Return the state dict that bitsandbytes writes for weights; inverts `from_state_dict`.
 
     Args:
-      tree: name to `Params4bit` or array; dicts and lists may be nested, names are joined by dots.
-      quant_storage: what holds the codes: "uint8", "bfloat16", "float16" or "float32".
+      tree: `Params4bit` or array by name. Dicts and lists may be nested; names are joined by dots.
+      quant_storage: dtype that holds the codes: "uint8", "bfloat16", "float16" or "float32".
 
     Returns:
-      name to numpy array.
+      NumPy array by name.
 
     Raises:
-      ValueError: another quant_storage, or one that the bytes of a weight do not fill; a stacked
-        weight with double quantization (bitsandbytes has one offset a weight: index or `unstack`
-        it); two tensors of one name, or a name that would be read as something else.
-      TypeError: a leaf is not an array; the tree is a module.
+      ValueError: `quant_storage` is unknown, or the codes of a weight do not fill it; a stacked
+        weight has double quantization (bitsandbytes has one offset a weight: index or `unstack`
+        it); two tensors have one name, or a name that would be read as a statistic.
+      TypeError: a leaf is not an array, or the tree is a module.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, q4jax
       >>> from q4jax.interop import bitsandbytes as bnb
       >>> tree = {"layer": {"weight": q4jax.Params4bit.quantize(jnp.ones((2, 64)))}}
@@ -119,10 +122,10 @@ def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict
         if twice:
             raise ValueError(f"two tensors of the tree are named {twice}")
         tensors |= new
-    # What cannot be read back must not be written.
-    found = sort_names({name: Layout.of(tensor) for name, tensor in tensors.items()})
-    if found.extra or len(found.weights) != weights:
-        raise ValueError(f"names below those of 4-bit weights, which nothing reads: {found.extra}")
+    # Nothing is written that could not be read back.
+    keys = group_keys(tensors)
+    if keys.extra or len(keys.weights) != weights:
+        raise ValueError(f"keys below 4-bit weights cannot be read back: {keys.extra}")
     return tensors
 
 
@@ -133,16 +136,17 @@ def save_file(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`to_state_dict` into a safetensors file, which appears when all of it is written.
+    """Save the state dict of `to_state_dict` as a safetensors file, atomically.
 
     Args:
-      tree: as for `to_state_dict`.
-      path: the file; one that is there is replaced.
-      quant_storage: as for `to_state_dict`.
-      metadata: texts for the file's header.
+      tree: `Params4bit` or array by name, as in `to_state_dict`.
+      path: the file; an existing one is replaced.
+      quant_storage: dtype that holds the codes, as in `to_state_dict`.
+      metadata: texts by name for the file's header.
 
     Raises:
-      ValueError, TypeError: as `to_state_dict`, before anything is written.
-      OSError: the system's; what was at `path` is still there.
+      ValueError: `to_state_dict` raises it; nothing is written.
+      TypeError: `to_state_dict` raises it; nothing is written.
+      OSError: from the file system; an existing file is unchanged.
     """
     write_file(path, to_state_dict(tree, quant_storage), metadata=metadata)

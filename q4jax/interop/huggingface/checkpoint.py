@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory, read when looked up."""
+"""A lazy reader of the weights of a Hugging Face directory."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,46 +10,51 @@ import numpy as np
 from q4jax.convert.config import QuantConfig
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState
-from q4jax.interop.bitsandbytes.tensors import report_extra
-from q4jax.interop.bitsandbytes.weight_keys import (
+from q4jax.interop.bitsandbytes.tensors import (
     check_codes,
     read_spec,
     read_state,
     read_weight,
-    sort_names,
+    report_extra,
 )
-from q4jax.interop.huggingface.directory import CONFIG, DirectoryTensors, quantization_of, read_json
+from q4jax.interop.bitsandbytes.weight_keys import group_keys
+from q4jax.interop.files import read_json
+from q4jax.interop.huggingface.directory import CONFIG, DirectoryTensors
+from q4jax.interop.huggingface.quantization_config import read_quantization
 from q4jax.interop.placement import Placement
 from q4jax.ops.params import Params4bit
 
 
 class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
-    """A directory with `config.json` and safetensors: weight by name, read when looked up.
+    """The weights of a Hugging Face directory by name, each read when looked up.
 
     Args:
-      path: the directory; `model.safetensors`, or `model.safetensors.index.json` and its shards.
-      strict: False: keys below 4-bit weights that mean nothing are left out with a UserWarning.
+      path: a directory with `config.json` and `model.safetensors`, or shards and
+        `model.safetensors.index.json`.
+      strict: whether unknown keys below 4-bit weights are an error; False: they are skipped with a
+        UserWarning.
 
     Attributes:
       config: the content of `config.json`.
-      quantization: how the directory says it is quantized; None: it is in full precision.
-      specs: description of each 4-bit weight.
-      leads: its leading axes.
+      quantization: how `config.json` says the weights are quantized; None: in full precision.
+      specs: the `QuantSpec` of each 4-bit weight by name.
+      leads: the leading axes of each 4-bit weight by name.
 
     Raises:
-      FileNotFoundError: `config.json`, or a file with tensors, is not there.
-      ValueError: a file is malformed; a 4-bit weight is incomplete, or not what `config.json` says.
-      NotImplementedError: quantized by another method; it is named.
+      FileNotFoundError: `config.json` or a file of tensors is missing.
+      ValueError: a file is malformed, a 4-bit weight is incomplete, or a weight and `config.json`
+        differ.
+      NotImplementedError: the quantization method is not supported; the message names it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, strict: bool = True):
         folder = Path(path)
         if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} is no Hugging Face model: it has no {CONFIG}")
+            raise FileNotFoundError(f"{folder} is not a Hugging Face model: it has no {CONFIG}")
         self.config: dict[str, Any] = read_json(folder / CONFIG)
-        self.quantization: QuantConfig | None = quantization_of(self.config, folder / CONFIG)
+        self.quantization: QuantConfig | None = read_quantization(self.config, folder / CONFIG)
         self.tensors = DirectoryTensors(folder)
-        contents = sort_names(self.tensors.layouts)
+        contents = group_keys(self.tensors.layouts)
         report_extra(contents.extra, strict)
         self._groups = contents.weights
         self._names = dict.fromkeys([*contents.weights, *contents.others])
@@ -58,28 +63,28 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
         self.leads: dict[str, tuple[int, ...]] = {name: lead for name, (_, lead) in found.items()}
         self._compare(folder / CONFIG)
 
-    def _compare(self, where: Path) -> None:
-        """ValueError where `config.json` and the tensors differ in how they are quantized."""
-        said = self.quantization
-        if said is None and self.specs:
+    def _compare(self, path: Path) -> None:
+        """Raise ValueError if `config.json` and the tensors disagree on the quantization."""
+        stated = self.quantization
+        if stated is None and self.specs:
             name, spec = next(iter(self.specs.items()))
-            raise ValueError(f"{where} has no quantization_config, but {name} is {spec.tag()}")
+            raise ValueError(f"{path} has no quantization_config, but {name} is {spec.tag()}")
         for name, spec in self.specs.items():
-            if said and (said.quant_type, said.compress_statistics) != (
+            if stated and (stated.quant_type, stated.compress_statistics) != (
                 (spec.quant_type, spec.nested)
             ):
-                nested = f"bnb_4bit_use_double_quant={said.compress_statistics}"
+                nested = f"bnb_4bit_use_double_quant={stated.compress_statistics}"
                 raise ValueError(
-                    f"{where} says {said.quant_type}, {nested}, but {name} is {spec.tag()}"
+                    f"{path} says {stated.quant_type}, {nested}, but {name} is {spec.tag()}"
                 )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.tensors.layouts.values())
 
     def bytes_of(self, name: str) -> int:
-        """Bytes of one weight, statistics included."""
+        """Return the size of one weight in bytes, its statistics included."""
         group = self._groups.get(name)
         keys = [name, *(group.statistics.values() if group else ())]
         return sum(self.tensors.layouts[key].nbytes for key in keys)
@@ -88,18 +93,18 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
         return self.read(name, None)
 
     def read(self, name: str, sharding: Placement | None) -> Params4bit | np.ndarray:
-        """A 4-bit weight on its devices, or another tensor in numpy."""
+        """Return a 4-bit weight on its devices, or a dense tensor as a NumPy array."""
         group = self._groups.get(name)
         return self.tensors[name] if group is None else read_weight(group, self.tensors, sharding)
 
     def read_state(self, name: str) -> QuantState:
-        """The statistics of a 4-bit weight whose codes `read_into` will give."""
+        """Return the statistics of a 4-bit weight; `read_into` reads its codes."""
         state = read_state(self._groups[name], self.tensors)
         check_codes(name, self.tensors.layouts[name], state)
         return state
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """The bytes of a tensor, or the codes of a 4-bit weight, into memory of that size."""
+        """Read a dense tensor, or the codes of a 4-bit weight, into an array of the same size."""
         self.tensors.read_into(name, out)
 
     def __iter__(self) -> Iterator[str]:

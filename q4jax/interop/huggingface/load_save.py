@@ -1,7 +1,6 @@
-"""Hugging Face directories, in and out: quantized by bitsandbytes, or in full precision."""
+"""Load and save the weights of Hugging Face directories, 4-bit or in full precision."""
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,15 @@ import numpy as np
 from q4jax.convert.config import QuantConfig
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import FLOAT_DTYPES
-from q4jax.core.state import QuantState
 from q4jax.interop.bitsandbytes.state_dict import to_state_dict
-from q4jax.interop.bitsandbytes.tensors import Tree, flatten
+from q4jax.interop.bitsandbytes.tensors import Tree
 from q4jax.interop.huggingface.checkpoint import Checkpoint
 from q4jax.interop.huggingface.directory import write_directory
-from q4jax.interop.placement import Placement, place
+from q4jax.interop.huggingface.quantization_config import bnb_config, is_linear
+from q4jax.interop.placement import Placement, place, place_weight
 from q4jax.interop.progress import Progress
+from q4jax.interop.tree import flatten
 from q4jax.ops.params import Params4bit
-
-__all__ = ["Checkpoint", "bnb_config", "is_linear", "load_directory", "save_directory"]
-
-# Tables of rows to look up, which have the form of a linear layer's weight.
-_EMBEDDING = re.compile(r"embed|\bw[tp]e\b")
 
 
 def load_directory(
@@ -36,31 +31,34 @@ def load_directory(
     sharding: Placement | None = None,
     progress: bool | None = None,
 ) -> Tree:
-    """The weights of a Hugging Face directory by name; see `q4jax.models` for whole models.
+    """Load the weights of a Hugging Face directory by name.
 
-    Files are read tensor by tensor, and what is quantized on the way is dropped before the next is
-    read: the host holds the result and little more than the largest tensor.
+    Tensors are read and quantized one at a time: the host holds the result and little more than the
+    largest tensor. `q4jax.models.from_pretrained` loads whole models.
 
     Args:
       path: the directory.
-      quantization: for a directory in full precision, how to quantize its linear layers; None:
-        not at all.
-      select: with `quantization`, whether a tensor of this name and shape becomes 4-bit; None:
-        `is_linear`. What `quantization.skip` names stays as it is in any case.
-      strict: as for `bitsandbytes.from_state_dict`.
-      sharding: where arrays go, as for `bitsandbytes.from_state_dict`.
-      progress: whether to draw a bar; None: where stderr is a terminal.
+      quantization: how to quantize the linear layers of a directory in full precision; None: not
+        at all.
+      select: whether to quantize a tensor of this name and shape; None: `is_linear`. Layers in
+        `quantization.skip` are never quantized.
+      strict: whether unknown keys below 4-bit weights are an error; False: they are skipped with a
+        UserWarning.
+      sharding: a sharding for all arrays, a mapping from names to shardings, or a function from
+        name and `jax.ShapeDtypeStruct` to a sharding; None: the default device.
+      progress: whether to draw a progress bar; None: only if stderr is a terminal.
 
     Returns:
-      name to `Params4bit` or array; 64-bit arrays stay numpy unless JAX holds 64 bits.
+      `Params4bit` or array by name. 64-bit arrays stay NumPy arrays unless `jax_enable_x64` is set.
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: a file is malformed, a weight incomplete or not finite; the directory is quantized
-        already and `quantization` is given; nothing is to be quantized.
-      NotImplementedError: LLM.int8, GPTQ, AWQ, or another method; it is named.
+      FileNotFoundError: a file is missing.
+      ValueError: a file is malformed; a weight is incomplete or not finite; `quantization` is given
+        for a directory that is quantized, or nothing is quantized.
+      NotImplementedError: the directory is in LLM.int8, GPTQ, AWQ or another quantization method;
+        the message names it.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
       >>> from q4jax.interop import huggingface
       >>> path, tree = tempfile.mkdtemp(), {"up.weight": jnp.ones((32, 64)), "norm": jnp.ones(64)}
@@ -79,7 +77,7 @@ def load_directory(
             if not isinstance(value, Params4bit):
                 skip = quantization is None or quantization.skips(name.rpartition(".")[0])
                 if quantization is not None and not skip and select(name, value.shape):
-                    value = _quantize(name, value, quantization, sharding)
+                    value = place_weight(name, quantize_tensor(name, value, quantization), sharding)
                 else:
                     value = place(name, value, sharding)
             found[name] = value
@@ -87,17 +85,6 @@ def load_directory(
     if quantization is not None and not any(isinstance(w, Params4bit) for w in found.values()):
         raise ValueError(f"{path} holds no weight to quantize among {sorted(found)[:5]}")
     return found
-
-
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor looks like the weight of a linear layer: a matrix, and no embedding.
-
-    >>> is_linear("model.layers.0.mlp.up_proj.weight", (8, 4))
-    True
-    >>> is_linear("model.embed_tokens.weight", (8, 4)), is_linear("model.norm.weight", (4,))
-    (False, False)
-    """
-    return name.endswith(".weight") and len(shape) == 2 and not _EMBEDDING.search(name)
 
 
 def save_directory(
@@ -108,22 +95,22 @@ def save_directory(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory that transformers, with bitsandbytes where weights are 4-bit, loads.
+    """Save weights as a directory that transformers and bitsandbytes load.
 
     Args:
-      tree: name to `Params4bit` or array, under Hugging Face's names and in its orientation.
-      path: the directory, made if it is not there; a checkpoint that is there is not replaced.
-      config: the content of `config.json`; its `quantization_config` is written anew, where it has
-        a `bnb_4bit_compute_dtype` that is kept.
-      quant_storage: what holds the codes: "uint8", "bfloat16", "float16" or "float32".
-      max_shard_bytes: size of a file.
+      tree: `Params4bit` or array by Hugging Face's name, in Hugging Face's orientation.
+      path: the directory; created if missing. A checkpoint in it is not replaced.
+      config: the content of `config.json`. Its `quantization_config` is replaced; only a
+        `bnb_4bit_compute_dtype` in it is kept.
+      quant_storage: dtype that holds the codes: "uint8", "bfloat16", "float16" or "float32".
+      max_shard_bytes: the largest size of a file of more than one weight.
 
     Raises:
-      FileExistsError: a checkpoint is there already.
-      ValueError: weights that one `quantization_config` cannot describe; as
-        `bitsandbytes.to_state_dict`.
+      FileExistsError: the directory holds a checkpoint.
+      ValueError: one `quantization_config` cannot describe the weights, or
+        `bitsandbytes.to_state_dict` refuses them.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
       >>> from q4jax.interop import huggingface
       >>> path = tempfile.mkdtemp()
@@ -144,46 +131,8 @@ def save_directory(
     write_directory(Path(path), config, tensors, groups, max_shard_bytes)
 
 
-def bnb_config(
-    flat: Mapping[str, Any], quant_storage: str, compute_dtype: str | None
-) -> dict[str, Any] | None:
-    """The `quantization_config` of weights by name; None where none is 4-bit.
-
-    Raises:
-      ValueError: they differ in type or in double quantization.
-    """
-    quantized = {n: w.quant_state.spec for n, w in flat.items() if isinstance(w, Params4bit)}
-    kinds = {(spec.quant_type, spec.nested) for spec in quantized.values()}
-    if not kinds:
-        return None
-    if len(kinds) > 1:
-        shown = {kind: next(n for n in quantized if _kind(quantized[n]) == kind) for kind in kinds}
-        raise ValueError(f"one quantization_config cannot describe all of {shown}")
-    ((quant_type, nested),) = kinds
-    kept = [n for n, w in flat.items() if n not in quantized and is_linear(n, w.shape)]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": compute_dtype or next(iter(quantized.values())).dtype.name,
-        "bnb_4bit_quant_storage": quant_storage,
-        "llm_int8_skip_modules": [name.removesuffix(".weight") for name in kept] or None,
-        "llm_int8_threshold": 6.0,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-    }
-
-
-def _kind(spec: Any) -> tuple[str, bool]:
-    return spec.quant_type, spec.nested
-
-
 def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig | QuantRule) -> Params4bit:
-    """A weight `[out, in]` in 4 bits; ValueError, with its name, where it cannot be quantized."""
+    """Quantize a weight `[out, in]`; ValueError, with its name, if that is impossible."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}, which cannot be quantized")
     try:
@@ -192,16 +141,3 @@ def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig | QuantRu
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _quantize(
-    name: str, tensor: np.ndarray, config: QuantConfig, sharding: Placement | None
-) -> Params4bit:
-    weight = quantize_tensor(name, tensor, config)
-    state = weight.quant_state
-    names = ("absmax", "nested_absmax", "offset") if state.nested else ("absmax",)
-    arrays = [place(f"{name}.{part}", getattr(state, part), sharding) for part in names]
-    return Params4bit(
-        place(f"{name}.packed", weight.packed, sharding),
-        QuantState.tree_unflatten(state.spec, arrays),
-    )

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` of a LoRA."""
+"""PEFT's `adapter_config.json` of LoRA adapters."""
 
 import dataclasses
 import math
@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# What changes what is computed, or what the files hold, and is not implemented here.
-_UNSERVED = (
+# Entries that change the computation or the files and are not implemented.
+_UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out"),
     *("kasa_config", "layer_replication", "lora_bias", "megatron_config", "modules_to_save"),
     *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
     *("use_dora", "use_qalora", "velora_config"),
 )
-# What matters while an adapter is made, or says what the names of its tensors say too.
+# Entries that only matter when an adapter is created, or repeat the names of its tensors.
 _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config"),
@@ -24,21 +24,21 @@ _READ = {
     *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type"),
     *("r", "rank_pattern", "use_rslora"),
 }
-# Those that leave the base weights as they are; "pissa" and its like subtract from them.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initializations that keep the base weights; "pissa" and others subtract from them.
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """How the adapters of a model are scaled.
+    """Ranks and scales of the LoRA adapters of a model.
 
     Attributes:
-      rank: inner width.
-      alpha: numerator of the scale.
-      rslora: the scale is `alpha / sqrt(rank)` and not `alpha / rank`.
-      dropout: share of an adapter's input that is zeroed in training.
-      ranks: other ranks, by name of a module or a regular expression for it.
-      alphas: other alphas, the same way.
+      rank: inner width of the adapters.
+      alpha: numerator of their scale.
+      rslora: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
+      dropout: dropout rate of an adapter's input in training.
+      ranks: ranks of single modules, by name or regular expression.
+      alphas: alphas of single modules, by name or regular expression.
     """
 
     rank: int
@@ -49,38 +49,38 @@ class AdapterConfig:
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
-        """The rank of the adapter of a module, by PEFT's dotted name."""
-        return _of(self.ranks, module, self.rank)
+        """Return the rank of a module's adapter, by PEFT's dotted name."""
+        return _lookup(self.ranks, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """Its alpha."""
-        return _of(self.alphas, module, self.alpha)
+        """Return the alpha of a module's adapter, by PEFT's dotted name."""
+        return _lookup(self.alphas, module, self.alpha)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "AdapterConfig":
-        """Reads the content of an `adapter_config.json`.
+        """Parse the content of an `adapter_config.json`.
 
         Raises:
-          NotImplementedError: another method than LoRA, or a variant that is not implemented.
-          ValueError: an entry that is unknown and set, or of the wrong kind.
+          NotImplementedError: the method is not LoRA, or a variant that is not implemented.
+          ValueError: an entry is unknown and set, or has the wrong type.
 
-        Example:
+        Examples:
           >>> AdapterConfig.from_json({"peft_type": "LORA", "r": 8, "lora_alpha": 16}).rank
           8
         """
         if config.get("peft_type") != "LORA":
             raise NotImplementedError(f"peft_type {config.get('peft_type')!r}: only LORA is read")
-        for key in _UNSERVED:
+        for key in _UNSUPPORTED:
             if config.get(key):
                 raise NotImplementedError(f"{key}={config[key]!r} is not implemented")
         if config.get("bias", "none") != "none":
             raise NotImplementedError(f"bias={config['bias']!r}: only 'none' is implemented")
-        start = config.get("init_lora_weights", True)
-        if not any(start is known or start == known for known in _STARTS):
+        init = config.get("init_lora_weights", True)
+        if not any(init is known or init == known for known in _INITIALIZATIONS):
             raise NotImplementedError(
-                f"init_lora_weights={start!r} changes the base weights, which is not implemented"
+                f"init_lora_weights={init!r} changes the base weights, which is not implemented"
             )
-        known = {*_UNSERVED, *_IGNORED, *_READ}
+        known = {*_UNSUPPORTED, *_IGNORED, *_READ}
         unknown = sorted(k for k, value in config.items() if k not in known and value)
         if unknown:
             raise ValueError(f"unknown entries in an adapter config: {unknown}")
@@ -94,7 +94,12 @@ class AdapterConfig:
         )
 
     def to_json(self, targets: list[str], base: str | None) -> dict[str, Any]:
-        """The content of an `adapter_config.json` that PEFT reads."""
+        """Return the content of an `adapter_config.json` that PEFT reads.
+
+        Args:
+          targets: last names of the adapted modules.
+          base: name of the base model, or None.
+        """
         return {
             "alpha_pattern": dict(self.alphas),
             "base_model_name_or_path": base,
@@ -115,16 +120,16 @@ class AdapterConfig:
         }
 
 
-def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        # A name that ends the module's, or the regular expression that PEFT makes of it.
+        # PEFT matches a suffix of the module's name or a regular expression.
         if f".{module}".endswith(f".{pattern}") or _matches(pattern, module):
             return value
     return default
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Of regular expressions only "^", an escaped dot and digits, which is what people write."""
+    """Match a regular expression of plain names, "^", "$" and escaped dots only."""
     simple = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if re.fullmatch(r"[\w.-]+", simple) is None:
         raise NotImplementedError(f"the pattern {pattern!r} is not implemented")

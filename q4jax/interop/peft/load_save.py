@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters, in and out: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Load and save PEFT's LoRA adapters: `adapter_config.json`, `adapter_model.safetensors`."""
 
 import dataclasses
 import os
@@ -12,15 +12,13 @@ import numpy as np
 from flax import nnx
 
 from q4jax.core.spec import FLOAT_DTYPES
-from q4jax.interop.huggingface.directory import read_json
+from q4jax.interop.files import read_json, write_json
 from q4jax.interop.peft.config import AdapterConfig
 from q4jax.interop.safetensors.reader import TensorFile
-from q4jax.interop.safetensors.writer import write_file, write_json
+from q4jax.interop.safetensors.writer import write_file
 from q4jax.lora.adapter import Adapter, LoRALinear4bit
 from q4jax.nnx.linear import Linear4bit
 from q4jax.nnx.traverse import iter_modules, replace_modules
-
-__all__ = ["AdapterConfig", "load_adapters", "read_adapters", "save_adapters"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 M = TypeVar("M", bound=nnx.Module)
@@ -31,15 +29,18 @@ _INDEX = re.compile(r"\.(\d{1,6})(?=\.)")
 
 
 def read_adapters(path: str | os.PathLike[str]) -> tuple[AdapterConfig, Pairs]:
-    """A directory of adapters, as PEFT names them.
+    """Read a directory of adapters without a model.
 
     Returns:
-      the config, and by module `lora_A` `[rank, in]` and `lora_B` `[out, rank]` in numpy.
+      The config, and for each module, under PEFT's name, `lora_A` `[rank, in]` and `lora_B`
+      `[out, rank]` as NumPy arrays.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: a file is malformed; an adapter is half there, of the wrong rank, or no float.
-      NotImplementedError: no LoRA, or a variant that is not implemented; it is named.
+      FileNotFoundError: one of the two files is missing.
+      ValueError: a file is malformed; an adapter has one matrix only, another rank than the config
+        says, or no float dtype.
+      NotImplementedError: the adapters are not LoRA, or a variant that is not implemented; the
+        message names it.
     """
     folder = Path(path)
     config = AdapterConfig.from_json(read_json(folder / CONFIG))
@@ -48,7 +49,7 @@ def read_adapters(path: str | os.PathLike[str]) -> tuple[AdapterConfig, Pairs]:
     for name in file:
         match = _NAME.fullmatch(name)
         if match is None:
-            raise NotImplementedError(f"{name} is no LoRA matrix of a linear layer")
+            raise NotImplementedError(f"{name} is not a LoRA matrix of a linear layer")
         halves.setdefault(match[1], {})[match[2]] = file[name]
     pairs = {}
     for module, half in halves.items():
@@ -76,25 +77,26 @@ def load_adapters(
     train: bool = False,
     rngs: nnx.Rngs | None = None,
 ) -> M:
-    """A model with the adapters of a PEFT directory beside its 4-bit layers.
+    """Return a copy of a 4-bit model with the adapters of a PEFT directory.
 
     Args:
-      model: with `Linear4bit` layers under the names of the model that PEFT adapted; one stack of
-        layers takes the adapters of `layers.0`, `layers.1`, …. It is left as it was.
+      model: a module with `Linear4bit` layers, named as in the model that PEFT adapted. A stack of
+        layers takes the adapters of `layers.0`, `layers.1`, …. It is not modified.
       path: the directory.
-      prefix: what the names in the files have before the model's.
-      train: whether dropout is on, as after `model.train()`; off as after `model.eval()`.
+      prefix: start of the names in the files that the model's names lack.
+      train: whether dropout is active, as after `model.train()`.
       rngs: streams for dropout; None: `nnx.Rngs(0)`.
 
     Returns:
-      The new model; train it, merge it (`merge_lora`) or write it (`save_adapters`).
+      The new model. `merge_lora` merges its adapters, `save_adapters` writes them.
 
     Raises:
-      ValueError: an adapter for which the model has no 4-bit layer, or of another shape; some
-        layers of a stack have one and others none, or others.
-      FileNotFoundError, NotImplementedError: as `read_adapters`.
+      ValueError: the model has no 4-bit layer for an adapter, or one of another shape; the layers
+        of a stack do not all have adapters of the same rank, alpha and dtype.
+      FileNotFoundError: `read_adapters` raises it.
+      NotImplementedError: `read_adapters` raises it.
 
-    Example:
+    Examples:
       >>> import tempfile, q4jax
       >>> from flax import nnx
       >>> from q4jax.interop import peft
@@ -134,7 +136,7 @@ def load_adapters(
 
 
 def _by_path(model: nnx.Module, pairs: Pairs, prefix: str) -> dict[str, list[str]]:
-    """Path of a layer to the names of its adapters, in the order of layers."""
+    """Return the names of the adapters of each layer by path, ordered by layer number."""
     layers = {p: m for p, m in iter_modules(model) if isinstance(m, Linear4bit)}
     if any(isinstance(m, Adapter) for _, m in iter_modules(model)):
         raise ValueError("model has adapters already")
@@ -165,7 +167,7 @@ def _by_path(model: nnx.Module, pairs: Pairs, prefix: str) -> dict[str, list[str
 def _stack(
     layer: Linear4bit, path: str, pairs: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[*lead, in, rank]` and `[*lead, rank, out]`."""
+    """Return the factors `[*lead, in, rank]` and `[*lead, rank, out]` of one layer."""
     for a, b in pairs:
         if (a.shape[1], b.shape[0]) != (layer.in_features, layer.out_features):
             raise ValueError(
@@ -173,7 +175,9 @@ def _stack(
                 f"{layer.in_features} in and {layer.out_features} out"
             )
         if (a.shape, a.dtype) != (pairs[0][0].shape, pairs[0][0].dtype):
-            raise ValueError(f"{path}: the layers of a stack must have adapters of one kind")
+            raise ValueError(
+                f"{path}: the layers of a stack must have adapters of one shape and dtype"
+            )
     if not layer.weight.quant_state.lead:
         ((a, b),) = pairs
         return a.T, b.T
@@ -188,19 +192,19 @@ def save_adapters(
     prefix: str = "model.",
     stack: str = "layers",
 ) -> None:
-    """Writes the adapters of a model as PEFT reads them, and nothing else.
+    """Save the adapters of a model, and nothing else, as PEFT reads them.
 
     Args:
-      model: with adapters (`add_lora`, `load_adapters`).
-      path: the directory, made if it is not there; adapters that are there are not replaced.
-      base_model: what `base_model_name_or_path` says.
-      prefix: what the names in the files have before the model's.
-      stack: the name after which the number of a layer comes, where layers are stacked.
+      model: a module with adapters from `add_lora` or `load_adapters`.
+      path: the directory; created if missing. Adapters in it are not replaced.
+      base_model: value of `base_model_name_or_path`.
+      prefix: text before the model's names in the files.
+      stack: the name that a layer number follows, if layers are stacked.
 
     Raises:
-      FileExistsError: adapters are there already.
-      ValueError: the model has no adapter, or adapters that one config cannot describe.
-      NotImplementedError: an adapter that is not beside a `Linear4bit` or an `nnx.Linear`.
+      FileExistsError: the directory holds adapters.
+      ValueError: the model has no adapters, or one config cannot describe them.
+      NotImplementedError: an adapter belongs to another layer than `Linear4bit` and `nnx.Linear`.
     """
     adapters = {p: m for p, m in iter_modules(model) if isinstance(m, Adapter)}
     if not adapters:
@@ -208,10 +212,10 @@ def save_adapters(
     for at, module in adapters.items():
         if not isinstance(module.base, Linear4bit | nnx.Linear):
             raise NotImplementedError(
-                f"{at}: an adapter of a {type(module.base).__name__} is not written; PEFT's files "
-                f"get those of linear layers"
+                f"{at}: an adapter of a {type(module.base).__name__} is not written; PEFT's "
+                "files hold adapters of linear layers only"
             )
-    config = _describe(adapters)
+    config = _common_config(adapters)
     tensors: dict[str, np.ndarray] = {}
     for at, module in adapters.items():
         a, b = np.asarray(module.lora_a[...]), np.asarray(module.lora_b[...])
@@ -228,8 +232,8 @@ def save_adapters(
     write_json(folder / CONFIG, config.to_json(targets, base_model))
 
 
-def _describe(adapters: Mapping[str, Adapter]) -> AdapterConfig:
-    """One config for all; ranks and alphas that differ go into patterns by path."""
+def _common_config(adapters: Mapping[str, Adapter]) -> AdapterConfig:
+    """Return the config that all adapters share; ValueError if they differ."""
     rates = {0.0 if m.dropout is None else m.dropout.rate for m in adapters.values()}
     scales = {m.rslora for m in adapters.values()}
     if len(rates) > 1 or len(scales) > 1:
@@ -246,7 +250,7 @@ def _describe(adapters: Mapping[str, Adapter]) -> AdapterConfig:
 def _layers(
     name: str, a: np.ndarray, b: np.ndarray, stack: str
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The adapters of one module: of each layer, where they are stacked."""
+    """Return name and factors of one adapter, or of each layer of a stacked one."""
     if a.ndim == 2:
         return [(name, a, b)]
     head, mark, tail = f".{name}.".partition(f".{stack}.")

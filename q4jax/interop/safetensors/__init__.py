@@ -1,1 +1,10 @@
-"""Safetensors files, read in place and written without a second copy."""
+"""Safetensors files: a strict reader and an atomic writer.
+
+They depend on no package for the format. Tensors are read one at a time, into aligned memory that
+`jax.device_put` uses without another copy.
+"""
+
+from q4jax.interop.safetensors.reader import TensorFile
+from q4jax.interop.safetensors.writer import write_file
+
+__all__ = ["TensorFile", "write_file"]

@@ -1,6 +1,5 @@
-"""Safetensors files, read strictly: the header is checked before a byte of it is believed."""
+"""A strict reader of safetensors files: the header is validated before any tensor is read."""
 
-import json
 import math
 import os
 import stat
@@ -11,12 +10,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from q4jax.interop.files import decode_json
+from q4jax.interop.host_arrays import aligned_empty
+
 # The format's own limit.
 _MAX_HEADER = 100_000_000
 _MAX_AXES, _MAX_NAME = 32, 4096
 _LARGEST = 2**63 - 1
-# jax and XLA keep what starts at such an address where it is, instead of copying it once more.
-_ALIGNMENT = 64
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -36,11 +36,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
 }
-"""The format's dtypes, in the order in which its own writer sorts them, least first."""
+"""Dtypes of the format, in ascending order of its own writer's sort."""
 
 
 class Entry(NamedTuple):
-    """One tensor: what it is, and where its bytes are in the file."""
+    """Dtype and shape of one tensor, and its byte range in the file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -49,30 +49,30 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size of the tensor in bytes."""
         return self.stop - self.start
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """The tensors of one safetensors file; each is read, into memory of its own, when looked up.
+    """The tensors of one safetensors file by name, each read into new memory when looked up.
 
-    Only the header is read at first. A tensor's array starts on a 64-byte boundary, so
-    `jax.device_put` takes it on a CPU without another copy.
+    Creating it reads the header only. Arrays start on a 64-byte boundary, so `jax.device_put` on a
+    CPU does not copy them.
 
     Args:
       path: a regular file, or a link to one.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not safetensors to the letter: its header is too long, is not JSON,
-        gives a key twice, or describes tensors that do not fill the file exactly, without gap and
-        without overlap; when a tensor is read, the file has changed.
+      ValueError: the file violates the format. Its header is too long, is not JSON or repeats a
+        key, or its tensors leave a gap, overlap or do not end with the file. On a lookup: the file
+        has changed since it was opened.
 
-    Example:
+    Examples:
       >>> import tempfile, numpy as np
-      >>> from safetensors.numpy import save_file
+      >>> from q4jax.interop.safetensors import TensorFile, write_file
       >>> path = tempfile.mkdtemp() + "/x.safetensors"
-      >>> save_file({"a": np.arange(3)}, path)
+      >>> write_file(path, {"a": np.arange(3)})
       >>> TensorFile(path)["a"]
       array([0, 1, 2])
     """
@@ -80,10 +80,10 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         try:
-            # Before it is opened: to open a pipe would be to wait for a writer.
+            # Checked before opening, since opening a pipe waits for a writer.
             if not stat.S_ISREG(self.path.stat().st_mode):
                 raise ValueError(f"{self.path} is not a regular file")
-        except ValueError as error:  # a zero byte in the name, too
+        except ValueError as error:  # also raised by stat for a zero byte in the name
             raise ValueError(str(error)) from None
         with open(self.path, "rb", buffering=0) as file:
             self._identity = _identity(file.fileno())
@@ -96,9 +96,8 @@ class TensorFile(Mapping[str, np.ndarray]):
                 )
             text = _read(file, length, self.path)
         try:
-            header = json.loads(text.decode(), object_pairs_hook=_unique)
-            self.metadata, self.entries = _entries(header, 8 + length, size)
-        except (ValueError, RecursionError) as error:  # of the JSON, or of the UTF-8
+            self.metadata, self.entries = _entries(decode_json(text), 8 + length, size)
+        except ValueError as error:
             raise ValueError(f"{self.path} has a malformed header: {error}") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -108,7 +107,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         return array
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Reads the bytes of a tensor into `out`, contiguous and as large."""
+        """Read the bytes of a tensor into `out`, a contiguous array of the same size."""
         entry = self.entries[name]
         if out.nbytes != entry.nbytes or not out.flags.c_contiguous:
             raise ValueError(f"{name} takes {entry.nbytes} contiguous bytes, out has {out.nbytes}")
@@ -127,36 +126,8 @@ class TensorFile(Mapping[str, np.ndarray]):
         return len(self.entries)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array without values that starts on a 64-byte boundary."""
-    size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    skip = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[skip : skip + size].view(dtype).reshape(shape)
-
-
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object that gives no key twice; ValueError, naming `what`, for anything else."""
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"key {name!r} is given twice")
-        found[name] = value
-    return found
-
-
 def _entries(header: Any, origin: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors; the tensors' bytes are those from `origin` to `size`."""
+    """Return metadata and tensors, which must fill the bytes from `origin` to `size`."""
     if not isinstance(header, dict):
         raise ValueError(f"it must be a JSON object, got {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
@@ -194,9 +165,9 @@ def _entry(name: str, fields: Any, origin: int) -> Entry:
         raise ValueError(f"{name!r} has no valid data_offsets")
     start, stop = offsets
     itemsize = DTYPES[dtype].itemsize
-    # Of a shape with an empty axis too: numpy counts the others.
+    # numpy checks the product of the nonzero axes even if another axis is empty.
     if math.prod(n for n in shape if n) * itemsize > _LARGEST:
-        raise ValueError(f"{name!r} has an absurd shape")
+        raise ValueError(f"{name!r} has a shape that is too large")
     if math.prod(shape) * itemsize != stop - start:
         raise ValueError(
             f"{name!r}: {dtype}{shape} takes {math.prod(shape) * itemsize} bytes, its data_offsets "
@@ -206,7 +177,7 @@ def _entry(name: str, fields: Any, origin: int) -> Entry:
 
 
 def _sizes(values: Any) -> bool:
-    """Whether `values` is a list of integers from 0 to 2**63 - 1."""
+    """Return whether `values` is a list of integers from 0 to 2**63 - 1."""
     return isinstance(values, list) and all(type(n) is int and 0 <= n <= _LARGEST for n in values)
 
 

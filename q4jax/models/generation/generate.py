@@ -1,7 +1,7 @@
-"""Text generation with a key/value cache: two programs, whatever the prompts and their number.
+"""Text generation with a key/value cache, in two compiled programs.
 
-`_prefill` runs over the prompts, `_decode` token by token. Both are compiled for a batch size and
-the buckets of the prompts' and the texts' lengths; all else that varies is traced.
+`_prefill` runs over the prompts, `_decode` token by token. Both recompile for another batch size or
+length bucket only; sampling parameters and stop tokens are traced.
 """
 
 import functools
@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 
 from q4jax.models.generation.prompts import Prompts, bucket
-from q4jax.models.generation.sampling import Kind, Sampling
+from q4jax.models.generation.sampling import Method, Sampling
 from q4jax.models.llama.decoder import Llama, check_token_ids
 from q4jax.models.llama.kv_cache import KVCache
 
-# Stop tokens are an array of a multiple of so many.
-_STOPS = 8
+# The array of stop tokens is padded to a multiple of this, so that few lengths are compiled.
+_STOP_SLOTS = 8
 
 
 def generate(
@@ -36,37 +36,36 @@ def generate(
     rng: jax.Array | None = None,
     callback: Callable[[np.ndarray], None] | None = None,
 ) -> jax.Array:
-    """Continues each prompt of a batch.
+    """Generate a continuation of each prompt in a batch.
 
-    Prompts are padded to one of few lengths, and so is the cache: another length or another setting
-    of the sampling rarely compiles anything. Not to be called under `jax.jit`: it compiles what it
-    runs.
+    Prompts and cache are padded to a few lengths, so another length or sampling parameter rarely
+    recompiles. Do not call it under `jax.jit`: it compiles its own programs.
 
     Args:
       model: a `Llama`, dense, quantized or with adapters.
       input_ids: int `[B, P]`, or B lists of tokens of any lengths.
-      max_new_tokens: how many tokens to add at most.
-      temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
-        temperature).
-      top_k: draw from the `top_k` likeliest tokens only.
-      top_p: draw from the likeliest tokens that together have at least this probability; after
-        `top_k`.
-      eos_token_id: a row stops after it has produced this token, or one of these.
-      pad_token_id: what follows in a stopped row, and precedes the shorter of several lists; None:
-        the (first) `eos_token_id`, else 0.
-      attention_mask: bool or int `[B, P]`, 0 where a prompt is padding; None: nowhere.
-      rng: a JAX random key; needed when `temperature` is above 0.
-      callback: called with the new tokens, int32 `[B]`, as soon as they are there, step by step.
+      max_new_tokens: the largest number of tokens to add.
+      temperature: 0 takes the most likely token; above 0, tokens are sampled from
+        softmax(logits / temperature).
+      top_k: sample from the `top_k` most likely tokens only.
+      top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least
+        `top_p`, after `top_k`.
+      eos_token_id: token or tokens that end a row.
+      pad_token_id: token after the end of a row, and before the shorter of several lists; None: the
+        first `eos_token_id`, or 0.
+      attention_mask: bool or int `[B, P]`, 0 at padding; None: no padding.
+      rng: a JAX random key; required if `temperature` is above 0.
+      callback: function that is called with the new tokens, int32 `[B]`, after each step.
 
     Returns:
-      int32 `[B, P + max_new_tokens]`, prompts included; of lists, P is the longest one's length.
+      int32 `[B, P + max_new_tokens]`, prompts included. For lists, P is the longest length.
 
     Raises:
-      ValueError: an argument out of its range, a token that is not in the vocabulary, or a text
-        longer than the model's context. The message names the argument, its value and what is
+      ValueError: an argument is out of range, a token is not in the vocabulary, or the text would
+        be longer than the model's context. The message names the argument, its value and what is
         allowed.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from q4jax.models import Llama, LlamaConfig, generate
       >>> model = Llama(LlamaConfig(64, 32, 48, 2, 4, 4, 8), rngs=nnx.Rngs(0))
@@ -74,14 +73,14 @@ def generate(
       (2, 8)
     """
     vocab_size = model.config.vocab_size
-    kind, sampling = Sampling.checked(temperature, top_k, top_p, vocab_size)
-    if kind != "greedy" and rng is None:
+    method, sampling = Sampling.from_arguments(temperature, top_k, top_p, vocab_size)
+    if method != "greedy" and rng is None:
         raise ValueError(f"temperature={temperature} draws at random: pass rng, a JAX random key")
     stops = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     check_token_ids("eos_token_id", stops, vocab_size)
     pad = pad_token_id if pad_token_id is not None else (stops or (0,))[0]
     check_token_ids("pad_token_id", pad, vocab_size)
-    prompts = Prompts.of(input_ids, attention_mask, pad, vocab_size)
+    prompts = Prompts.from_ids(input_ids, attention_mask, pad, vocab_size)
     _check_length(prompts.longest, max_new_tokens, model.config.context_length)
     if max_new_tokens == 0:
         return jnp.asarray(prompts.shown)
@@ -89,35 +88,37 @@ def generate(
     choice = _Choice(sampling, key, _padded(stops), np.int32(pad))
 
     graphdef, state = nnx.split(model)
-    run = _prefill(graphdef, kind, bucket(max_new_tokens), state, choice, prompts.ids, prompts.mask)
+    run = _prefill(
+        graphdef, method, bucket(max_new_tokens), state, choice, prompts.ids, prompts.mask
+    )
     if callback is None:
-        run = _decode(graphdef, kind, state, choice, run, np.int32(max_new_tokens))
+        run = _decode(graphdef, method, state, choice, run, np.int32(max_new_tokens))
     else:
         callback(np.array(run.last))
         for step in range(1, max_new_tokens):
             if np.all(run.done):
                 break
-            run = _decode(graphdef, kind, state, choice, run, np.int32(step + 1))
+            run = _decode(graphdef, method, state, choice, run, np.int32(step + 1))
             callback(np.array(run.last))
     new = np.asarray(run.tokens)[:, :max_new_tokens]
     return jnp.asarray(np.concatenate([prompts.shown, new], axis=1))
 
 
 class _Choice(NamedTuple):
-    """How tokens are chosen, and which of them end a row."""
+    """Traced inputs that choose tokens and end rows."""
 
     sampling: Sampling
     key: jax.Array
-    stops: np.ndarray  # int32; -1, which no token is, where there are fewer
+    stops: np.ndarray  # int32, padded with -1, which is no token
     pad: np.int32
 
 
 class _Run(NamedTuple):
-    """What one step hands to the next."""
+    """State of the generation loop."""
 
-    step: jax.Array  # int32: tokens produced
+    step: jax.Array  # int32: number of new tokens
     tokens: jax.Array  # int32 [B, new]
-    last: jax.Array  # int32 [B]: the token that the next step feeds in
+    last: jax.Array  # int32 [B]: input of the next step
     done: jax.Array  # bool [B]
     cache: KVCache
 
@@ -125,14 +126,14 @@ class _Run(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
     graphdef: Any,
-    kind: Kind,
+    method: Method,
     slots: int,
     state: Any,
     choice: _Choice,
     ids: jax.Array,
     mask: jax.Array,
 ) -> _Run:
-    """The first token, in a run that has room for `slots` of them."""
+    """Run the prompts and append the first token, with room for `slots` tokens."""
     model: Llama = nnx.merge(graphdef, state)
     batch, length = ids.shape
     dtype = jax.eval_shape(model.embed_tokens, ids).dtype
@@ -143,35 +144,30 @@ def _prefill(
         done=jnp.zeros(batch, bool),
         cache=KVCache.empty(model.config, batch, length + slots, dtype),
     )
-    return _extend(model, kind, choice, start, ids, mask)
+    return _extend(model, method, choice, start, ids, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
 def _decode(
-    graphdef: Any, kind: Kind, state: Any, choice: _Choice, run: _Run, until: jax.Array
+    graphdef: Any, method: Method, state: Any, choice: _Choice, run: _Run, until: jax.Array
 ) -> _Run:
-    """Token by token, until there are `until` of them or every row has stopped."""
+    """Append tokens until there are `until`, or every row has stopped."""
     model: Llama = nnx.merge(graphdef, state)
     return jax.lax.while_loop(
         lambda run: (run.step < until) & ~jnp.all(run.done),
-        lambda run: _extend(model, kind, choice, run, run.last[:, None], None),
+        lambda run: _extend(model, method, choice, run, run.last[:, None], None),
         run,
     )
 
 
 def _extend(
-    model: Llama,
-    kind: Kind,
-    choice: _Choice,
-    run: _Run,
-    ids: jax.Array,
-    mask: jax.Array | None,
+    model: Llama, method: Method, choice: _Choice, run: _Run, ids: jax.Array, mask: jax.Array | None
 ) -> _Run:
-    """Runs the model over `ids` and appends one token to the rows that have not stopped."""
+    """Run the model on `ids` and append one token to each row that has not stopped."""
     hidden, cache = model.hidden_states(ids, attention_mask=mask, cache=run.cache)
     assert cache is not None
     key = jax.random.fold_in(choice.key, run.step)
-    chosen = choice.sampling.choose(kind, model.logits(hidden[:, -1]), key)
+    chosen = choice.sampling.choose(method, model.logits(hidden[:, -1]), key)
     chosen = jnp.where(run.done, choice.pad, chosen)
     tokens = jax.lax.dynamic_update_slice(run.tokens, chosen[:, None], (0, run.step))
     done = run.done | jnp.isin(chosen, choice.stops)
@@ -179,8 +175,8 @@ def _extend(
 
 
 def _padded(stops: tuple[int, ...]) -> np.ndarray:
-    """The stop tokens, in an array of one of few lengths."""
-    found = np.full(_STOPS * max(1, -(-len(stops) // _STOPS)), -1, np.int32)
+    """Return the stop tokens, padded with -1 to a multiple of `_STOP_SLOTS`."""
+    found = np.full(_STOP_SLOTS * max(1, -(-len(stops) // _STOP_SLOTS)), -1, np.int32)
     found[: len(stops)] = stops
     return found
 

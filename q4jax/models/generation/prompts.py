@@ -1,4 +1,4 @@
-"""Prompts of different lengths as one array, of one of few widths."""
+"""Batches of prompts, padded to one of a few widths so that few programs are compiled."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,9 +11,7 @@ _SMALLEST = 16
 
 
 def bucket(count: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, … that is no less than `count`.
-
-    Programs are compiled for these widths only.
+    """Round a length up to the next of 16, 24, 32, 48, 64, 96 and so on.
 
     >>> [bucket(count) for count in (1, 17, 33, 1000)]
     [16, 24, 48, 1024]
@@ -26,13 +24,13 @@ def bucket(count: int) -> int:
 
 
 class Prompts(NamedTuple):
-    """Prompts, padded on the left.
+    """A batch of prompts, padded on the left.
 
     Attributes:
-      shown: int32 `[B, P]`, what the result begins with.
+      shown: int32 `[B, P]`, the prompts as `generate` returns them.
       ids: int32 `[B, bucket]`, padded with 0.
-      mask: bool `[B, bucket]`, False where there is padding.
-      longest: tokens of the longest prompt.
+      mask: bool `[B, bucket]`, False at padding.
+      longest: length of the longest prompt.
     """
 
     shown: np.ndarray
@@ -41,12 +39,12 @@ class Prompts(NamedTuple):
     longest: int
 
     @classmethod
-    def of(cls, input_ids: Any, attention_mask: Any, pad: int, vocab_size: int) -> "Prompts":
-        """From an array `[B, P]` and its mask, or from a list of lists of tokens.
+    def from_ids(cls, input_ids: Any, attention_mask: Any, pad: int, vocab_size: int) -> "Prompts":
+        """Build a batch from an array `[B, P]` and its mask, or from a list of token lists.
 
         Raises:
-          ValueError: no prompts, an empty one, tokens that are no integers or not in the
-            vocabulary, a mask that does not fit.
+          ValueError: there is no prompt, or an empty one; tokens are not integers or not in the
+            vocabulary; the mask has another shape.
         """
         ragged = isinstance(input_ids, Sequence)
         if ragged:
@@ -81,7 +79,7 @@ class Prompts(NamedTuple):
 
 
 def _aligned(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
-    """int32 `[B, width]`, each row at the right."""
+    """Return rows as int32 `[B, width]`, padded on the left with `fill`."""
     out = np.full((len(rows), width), fill, np.int32)
     for target, row in zip(out, rows, strict=True):
         target[width - row.size :] = row

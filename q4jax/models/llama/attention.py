@@ -1,4 +1,4 @@
-"""Self-attention of the Llama family: rotary, grouped, causal, within a window or not."""
+"""Self-attention of the Llama family: causal, with rotary embeddings and grouped heads."""
 
 from typing import Any, NamedTuple
 
@@ -15,31 +15,31 @@ from q4jax.sharding.residual import whole_outputs
 Rotation = tuple[jax.Array, jax.Array]  # cosine, sine
 
 
-class Layer(NamedTuple):
-    """What tells a layer of the stack from the others."""
+class LayerInfo(NamedTuple):
+    """Traced properties of one layer of the stack."""
 
     number: jax.Array  # int32
-    windowed: jax.Array  # bool: attends within the sliding window only
+    windowed: jax.Array  # bool: uses the sliding window
 
 
-class Visible(NamedTuple):
-    """What each of T queries may attend to, of S keys: bool `[B, 1, T, S]`.
+class AttentionMasks(NamedTuple):
+    """Masks of T queries over S keys, bool `[B, 1, T, S]`, with and without the sliding window.
 
-    Both None: every key up to its own. `window` is None where no layer has a sliding window,
-    `full` where all have.
+    Both are None for plain causal attention. `window` is None if no layer uses the sliding window,
+    `full` if all do.
     """
 
     full: jax.Array | None
     window: jax.Array | None
 
     @classmethod
-    def of(
+    def from_slots(
         cls, config: LlamaConfig, real: jax.Array | None, start: jax.Array | int, tokens: int
-    ) -> "Visible":
-        """For queries in the slots from `start` on.
+    ) -> "AttentionMasks":
+        """Build the masks of `tokens` queries in the slots from `start` on.
 
-        `real`, bool `[B, S]`, is True for the slots that hold real tokens; None: there are none but
-        the queries' own.
+        `real`, bool `[B, S]`, is True in slots of real tokens; None: the keys are those of the
+        queries, without padding.
         """
         windows, reach = config.windowed, config.sliding_window or 0
         if real is None and not any(windows):
@@ -54,15 +54,15 @@ class Visible(NamedTuple):
         window = full & (slots > queries - reach)
         return cls(None if all(windows) else full, window)
 
-    def of_layer(self, windowed: jax.Array) -> jax.Array | None:
-        """The mask of one layer."""
+    def for_layer(self, windowed: jax.Array) -> jax.Array | None:
+        """Return the mask of one layer, None for plain causal attention."""
         if self.window is None or self.full is None:
             return self.full if self.window is None else self.window
         return jnp.where(windowed, self.window, self.full)
 
 
 class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary embeddings; groups of queries share a key/value head."""
+    """Causal self-attention with rotary embeddings and grouped query heads."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, **linear: Any):
         self.head_dim = config.head_dim
@@ -84,14 +84,21 @@ class LlamaAttention(nnx.Module):
         self,
         x: jax.Array,
         rope: Rotation,
-        visible: Visible,
+        masks: AttentionMasks,
         cache: KVCache | None,
-        layer: Layer,
+        layer: LayerInfo,
     ) -> tuple[jax.Array, KVCache | None]:
-        """`x [B, T, hidden_size]` to the same shape.
+        """Apply attention to `x [B, T, hidden_size]`.
 
-        With a cache, the S keys of `visible` are its slots, and the keys and values of `layer` are
-        put into it.
+        Args:
+          x: the normalized residual stream.
+          rope: cosine and sine of the tokens' positions.
+          masks: masks over the T tokens, or over the slots of the cache.
+          cache: cache to attend to, or None.
+          layer: number and window of this layer.
+
+        Returns:
+          `[B, T, hidden_size]`, and the cache with the keys and values of these tokens.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
@@ -100,12 +107,10 @@ class LlamaAttention(nnx.Module):
         q, k, v = rotate(q, *rope), rotate(k, *rope), self.v_proj(x).reshape(heads)
         if cache is not None:
             cache = cache.write(layer.number, k, v)
-            k, v = (
-                cache.keys[layer.number],
-                cache.values[layer.number],
-            )  # [B, S, kv_heads, head_dim]
-        mask = visible.of_layer(layer.windowed)
-        # In float32 where the compute dtype is float16: XLA's CPU backend lacks the float16 form.
+            # [B, S, kv_heads, head_dim]
+            k, v = cache.keys[layer.number], cache.values[layer.number]
+        mask = masks.for_layer(layer.windowed)
+        # float16 is promoted to float32, since XLA's CPU backend lacks float16 attention.
         q, k, v = (a.astype(jnp.promote_types(a.dtype, jnp.bfloat16)) for a in (q, k, v))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None).astype(x.dtype)
         with whole_outputs():

@@ -1,8 +1,8 @@
 """The decoder of the Llama family in Flax NNX, with Hugging Face's names and arithmetic.
 
-Every projection is a module that is called (`self.q_proj(x)`), so `q4jax.quantize_model` and
-`q4jax.add_lora` can replace it. The decoder layers are one module whose variables carry a leading
-layer axis, run by `nnx.scan`: the program does not grow with depth.
+Every projection is a submodule, so `q4jax.quantize_model` and `q4jax.add_lora` can replace it. The
+decoder layers are one module with a leading layer axis, run by `nnx.scan`, so the size of the
+program does not depend on the depth.
 """
 
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from q4jax.models.llama.attention import Layer, LlamaAttention, Rotation, Visible
+from q4jax.models.llama.attention import AttentionMasks, LayerInfo, LlamaAttention, Rotation
 from q4jax.models.llama.config import LlamaConfig
+from q4jax.models.llama.experts import LlamaExperts
 from q4jax.models.llama.kv_cache import KVCache
-from q4jax.models.llama.mlp import LlamaExperts, LlamaMLP
+from q4jax.models.llama.mlp import LlamaMLP
 from q4jax.models.llama.norm import LlamaRMSNorm
 from q4jax.models.llama.rope import rotation
 from q4jax.sharding.residual import whole_features
@@ -25,7 +26,7 @@ Carry = tuple[jax.Array, KVCache | None]  # residual stream, cache
 
 
 class LlamaDecoderLayer(nnx.Module):
-    """Attention and MLP or experts, each behind a norm and added to the residual stream."""
+    """A pre-norm decoder layer: attention, then an MLP or experts, each with a residual sum."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, **linear: Any):
         def norm() -> LlamaRMSNorm:
@@ -44,14 +45,14 @@ class LlamaDecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         rope: Rotation,
-        visible: Visible,
+        masks: AttentionMasks,
         cache: KVCache | None,
-        layer: Layer,
+        layer: LayerInfo,
     ) -> Carry:
-        """`x [B, T, hidden_size]` to the same shape; arguments as in `LlamaAttention`."""
-        # Whole where each of these begins or ends: the weights between are split every way.
+        """Apply the layer to `x [B, T, hidden_size]`; arguments as in `LlamaAttention`."""
+        # Features are unsharded at the ends of each block, whatever the weights' sharding.
         h = whole_features(self.input_layernorm(x))
-        y, cache = self.self_attn(h, rope, visible, cache, layer)
+        y, cache = self.self_attn(h, rope, masks, cache, layer)
         x = whole_features(x + whole_features(y))
         h = whole_features(self.post_attention_layernorm(x))
         return whole_features(x + whole_features(self.mlp(h))), cache
@@ -61,15 +62,15 @@ class Llama(nnx.Module):
     """A language model of the Llama family: `model(input_ids [B, T]) -> logits [B, T, vocab_size]`.
 
     Args:
-      config: sizes and constants, and what tells the architectures apart.
-      dtype: compute dtype, of the logits too; None: the dtype of the weights. Norms, rotary
-        embeddings and softmax are float32 in any case.
-      param_dtype: dtype of the initial weights (norm scales are float32).
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      config: sizes, constants and architecture.
+      dtype: compute dtype, also of the logits; None: the dtype of the weights. Norms, rotary
+        embeddings and softmax are computed in float32.
+      param_dtype: dtype of the initial weights; norm scales are float32.
+      remat: recompute each layer in the backward pass instead of storing its activations.
       rngs: random streams for the initial weights.
 
     The variables of `layers` are stacked: `layers.mlp.up_proj.kernel` is `[num_hidden_layers,
-    in, out]`, of experts `[num_hidden_layers, num_experts, in, out]`.
+    in, out]`, and that of experts `[num_hidden_layers, num_experts, in, out]`.
     """
 
     def __init__(
@@ -104,13 +105,12 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Next-token logits of whole sequences.
+        """Return next-token logits of complete sequences.
 
         Args:
           input_ids: int `[B, T]`.
           positions: int `[B, T]`; None: 0, 1, 2, … over the real tokens of each row.
-          attention_mask: bool or int `[B, T]`, 0 where a token is padding (left or right); None:
-            none is.
+          attention_mask: bool or int `[B, T]`, 0 at padding on either side; None: no padding.
 
         Returns:
           `[B, T, vocab_size]` in the compute dtype.
@@ -118,7 +118,7 @@ class Llama(nnx.Module):
         return self.logits(self.hidden_states(input_ids, positions, attention_mask)[0])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., hidden_size]` of `hidden_states` to `[..., vocab_size]`."""
+        """Return logits `[..., vocab_size]` of hidden states `[..., hidden_size]`."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.attend(hidden)
         return self.lm_head(hidden)
@@ -130,14 +130,17 @@ class Llama(nnx.Module):
         attention_mask: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Carry:
-        """The normalized residual stream `[B, T, hidden_size]`, and the cache with these tokens.
+        """Return the normalized residual stream `[B, T, hidden_size]` and the extended cache.
 
-        With a cache, the tokens follow those in it; the caller sees to it that they fit. Arguments
-        as in `__call__`.
+        Args:
+          input_ids: int `[B, T]`; with a cache, tokens that follow those in it.
+          positions: int `[B, T]`, as in `__call__`.
+          attention_mask: `[B, T]`, as in `__call__`.
+          cache: keys and values of earlier tokens, with T free slots; None: no cache.
 
         Raises:
-          ValueError: `input_ids` is not an int array `[B, T]`; concrete token ids out of range;
-            more tokens than the cache has slots left, where its length is concrete.
+          ValueError: `input_ids` is not an int array `[B, T]`, concrete token ids are out of range,
+            or the cache has fewer than T free slots and its length is concrete.
         """
         if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
             raise ValueError(
@@ -151,25 +154,26 @@ class Llama(nnx.Module):
             start = cache.length
             cache = cache.open(jnp.ones(input_ids.shape, bool) if real is None else real)
             real = cache.mask
-        visible = Visible.of(self.config, real, start, tokens)
+        masks = AttentionMasks.from_slots(self.config, real, start, tokens)
         if positions is None:
             positions = _positions(real, start, input_ids.shape)
         rope = rotation(positions, self.config)
 
-        def run(block: LlamaDecoderLayer, carry: Carry, layer: Layer) -> Carry:
+        def run(block: LlamaDecoderLayer, carry: Carry, layer: LayerInfo) -> Carry:
             x, cache = carry
-            return block(x, rope, visible, cache, layer)
+            return block(x, rope, masks, cache, layer)
 
         if self.remat:
             run = nnx.remat(run, prevent_cse=False, graph_updates=False)
         run = nnx.scan(run, in_axes=(0, nnx.Carry, 0), out_axes=nnx.Carry, graph_updates=False)
-        layers = Layer(jnp.arange(self.config.num_hidden_layers), jnp.asarray(self.config.windowed))
+        indices = jnp.arange(self.config.num_hidden_layers)
+        layers = LayerInfo(indices, jnp.asarray(self.config.windowed))
         x, cache = run(self.layers, (whole_features(self.embed_tokens(input_ids)), cache), layers)
         return self.norm(x), cache if cache is None else cache.close(tokens)
 
 
 def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
-    """ValueError where concrete token ids are not rows of the vocabulary."""
+    """Raise ValueError if concrete token ids are not in the vocabulary."""
     if isinstance(ids, jax.core.Tracer):
         return
     found = np.asarray(ids)
@@ -181,7 +185,7 @@ def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
 
 
 def _positions(real: jax.Array | None, start: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """int32 `[B, T]` of tokens in the slots from `start` on: how many real ones are before each."""
+    """Return positions int32 `[B, T]`: the number of real tokens before each slot."""
     if real is None:
         return jnp.broadcast_to(jnp.arange(shape[1]), shape)
     count = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)

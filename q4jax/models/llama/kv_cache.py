@@ -1,4 +1,4 @@
-"""The keys and values of past tokens, in buffers of a fixed capacity."""
+"""Key/value cache of past tokens, with a fixed capacity."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from q4jax.models.llama.config import LlamaConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Past keys and values of every layer; a pytree that is updated by making a new one.
+    """Past keys and values of every layer, as an immutable pytree.
 
     Attributes:
-      keys, values: `[layers, B, capacity, kv_heads, head_dim]`; slots from `length` on are
-        unset.
-      mask: bool `[B, capacity]`; True where a slot holds a real token (False: padding or unset).
-      length: int32 scalar, how many slots are filled.
+      keys: `[layers, B, capacity, kv_heads, head_dim]`; slots from `length` on are unset.
+      values: of the same shape as `keys`.
+      mask: bool `[B, capacity]`, True in slots of real tokens, False in padding and unset slots.
+      length: int32 scalar, the number of filled slots.
     """
 
     keys: jax.Array
@@ -28,7 +28,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":
-        """A cache without tokens; `dtype` is the compute dtype of the model."""
+        """Return a cache without tokens; `dtype` is the compute dtype of the model."""
         heads = (config.num_key_value_heads, config.head_dim)
         shape = (config.num_hidden_layers, batch, capacity, *heads)
         return cls(
@@ -39,10 +39,10 @@ class KVCache:
         )
 
     def open(self, token_mask: jax.Array) -> "KVCache":
-        """Takes in `token_mask`, bool `[B, T]`, of the tokens that `write` will add.
+        """Store the mask, bool `[B, T]`, of tokens that `write` will add.
 
         Raises:
-          ValueError: they do not fit; of a traced length, only that they never would.
+          ValueError: the cache has too few free slots, or too few slots if `length` is traced.
         """
         tokens, capacity = token_mask.shape[1], self.mask.shape[1]
         filled = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
@@ -55,7 +55,7 @@ class KVCache:
         return dataclasses.replace(self, mask=mask)
 
     def write(self, layer: jax.Array, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Puts `[B, T, kv_heads, head_dim]` after the filled slots of one layer."""
+        """Write `[B, T, kv_heads, head_dim]` after the filled slots of one layer."""
         start = (layer, 0, self.length, 0, 0)
         return dataclasses.replace(
             self,
@@ -64,5 +64,5 @@ class KVCache:
         )
 
     def close(self, tokens: int) -> "KVCache":
-        """Counts `tokens` new slots as filled, after every layer has written them."""
+        """Mark `tokens` more slots as filled, after every layer has written them."""
         return dataclasses.replace(self, length=self.length + tokens)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings as in Hugging Face: feature `i` pairs with `i + head_dim/2`."""
+"""Rotary position embeddings in Hugging Face's layout: `i` pairs with `i + head_dim/2`."""
 
 import math
 
@@ -11,9 +11,9 @@ from q4jax.models.llama.rope_scaling import RopeScaling
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each feature pair, float32 `[head_dim / 2]`, scaling applied.
+    """Return radians per position of each feature pair, scaled, float32 `[head_dim / 2]`.
 
-    Those of dynamic scaling, which depend on the sequence, are those of a short one.
+    Dynamic scaling depends on the sequence; its frequencies are those of a short one here.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     freq = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)
@@ -23,7 +23,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     if scaling.rope_type == "linear":
         return freq / np.float32(scaling.factor)
     if scaling.rope_type == "llama3":
-        # How often a pair turns in the original context decides how much it is slowed.
+        # The number of turns in the original context decides how much a pair is slowed.
         turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -33,10 +33,10 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def _yarn_keep(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
-    """How much of each frequency stays: 1 for pairs that turn often, 0 for those that hardly do."""
+    """Return the kept share of each frequency: 1 for pairs that turn often, 0 for slow ones."""
 
     def pair(turns: float) -> float:
-        """Which pair, fractional, turns so often in the original context."""
+        """Return the fractional index of the pair with this many turns in the original context."""
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
@@ -50,18 +50,18 @@ def _yarn_keep(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
 
 
 def rotation(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 `[B, T, 1, head_dim / 2]`, for int positions `[B, T]`."""
+    """Return cosine and sine, float32 `[B, T, 1, head_dim / 2]`, for int positions `[B, T]`."""
     freq: jax.Array | np.ndarray = inverse_frequencies(config)
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
-        freq = _stretched(positions, config, scaling.factor)
+        freq = _dynamic_frequencies(positions, config, scaling.factor)
     angle = positions[..., None, None].astype(jnp.float32) * freq
     scale = 1.0 if scaling is None else scaling.scale
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def _stretched(positions: jax.Array, config: LlamaConfig, factor: float) -> jax.Array:
-    """The frequencies of dynamic scaling: the base follows the longest text of the batch."""
+def _dynamic_frequencies(positions: jax.Array, config: LlamaConfig, factor: float) -> jax.Array:
+    """Return the frequencies of dynamic scaling, whose base grows with the longest row."""
     context = config.max_position_embeddings
     length = jnp.maximum(positions.max() + 1, context).astype(jnp.float32)
     dim = config.head_dim
@@ -71,6 +71,6 @@ def _stretched(positions: jax.Array, config: LlamaConfig, factor: float) -> jax.
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns `x [B, T, heads, head_dim]` in float32; the result has the dtype of `x`."""
+    """Rotate `x [B, T, heads, head_dim]` in float32; return it in the dtype of `x`."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

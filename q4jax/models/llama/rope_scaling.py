@@ -1,4 +1,4 @@
-"""How rotary embeddings are stretched to a longer context, as Hugging Face describes it."""
+"""Hugging Face's scaling of rotary embeddings to longer contexts."""
 
 import dataclasses
 import math
@@ -7,45 +7,32 @@ from typing import Any
 
 from q4jax.models.llama import config_values as values
 
-# What each rope type needs, and what it may have besides.
-_NEEDED: dict[str, tuple[str, ...]] = {
+# Required and optional entries of each rope type.
+_REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "yarn": (
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched to a longer context.
+    """Scaling of rotary frequencies to a longer context.
 
     `rope_type` is one of
 
     - `"linear"`: all frequencies are divided by `factor`;
-    - `"dynamic"`: the base grows with the sequence, once it is longer than
-      `max_position_embeddings`;
-    - `"llama3"`: low frequencies are divided, high ones kept, those between blended;
-    - `"yarn"`: the same with other bounds, and queries and keys are scaled by `attention_factor`.
+    - `"dynamic"`: the base grows with sequences longer than `max_position_embeddings`;
+    - `"llama3"`: low frequencies are divided, high ones kept, and those between blended;
+    - `"yarn"`: as llama3 with other bounds, and queries and keys are scaled by `attention_factor`.
 
-    Fields that a type does not use keep their defaults. `attention_factor` None: from `factor`, or
-    from `mscale` and `mscale_all_dim`, as transformers does.
+    Fields that a type does not use keep their defaults. If `attention_factor` is None, it follows
+    from `factor`, or from `mscale` and `mscale_all_dim`, as in transformers.
     """
 
     rope_type: str
@@ -62,38 +49,40 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, rope: Mapping[str, Any]) -> "RopeScaling | None":
-        """Reads `rope_scaling` or `rope_parameters`; None for plain rotary embeddings.
+        """Parse `rope_scaling` or `rope_parameters`; return None for unscaled embeddings.
 
         Raises:
-          NotImplementedError: another rope type than those of the class.
-          ValueError: a value that the rope type needs is missing, or a value is malformed.
+          NotImplementedError: the rope type is not one of the class.
+          ValueError: a required entry is missing, or a value is malformed.
         """
-        kind = str(rope.get("rope_type", rope.get("type", "default")))
-        if kind not in _NEEDED:
-            raise NotImplementedError(f"rope_type {kind!r}: q4jax implements {sorted(_NEEDED)}")
-        missing = [name for name in _NEEDED[kind] if rope.get(name) is None]
+        rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+        if rope_type not in _REQUIRED:
+            raise NotImplementedError(
+                f"rope_type {rope_type!r}: q4jax implements {sorted(_REQUIRED)}"
+            )
+        missing = [name for name in _REQUIRED[rope_type] if rope.get(name) is None]
         if missing:
-            raise ValueError(f"rope_type {kind!r} needs {missing}, got {dict(rope)}")
-        if kind == "default":
+            raise ValueError(f"rope_type {rope_type!r} needs {missing}, got {dict(rope)}")
+        if rope_type == "default":
             return None
-        optional = [name for name in _OPTIONAL.get(kind, ()) if rope.get(name) is not None]
+        optional = [name for name in _OPTIONAL.get(rope_type, ()) if rope.get(name) is not None]
         types = {field.name: field.type for field in dataclasses.fields(cls)}
         given = {
             name: values.CHECKS.get(types[name], values.number)(name, rope[name])
-            for name in (*_NEEDED[kind], *optional)
+            for name in (*_REQUIRED[rope_type], *optional)
         }
-        return cls(kind, **given)
+        return cls(rope_type, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The entries that `from_hf` reads."""
-        names = (*_NEEDED[self.rope_type], *_OPTIONAL.get(self.rope_type, ()))
+        """Return the entries that `from_hf` reads."""
+        names = (*_REQUIRED[self.rope_type], *_OPTIONAL.get(self.rope_type, ()))
         found = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in found.items() if value is not None}
         return {"rope_type": self.rope_type, **given}
 
     @property
     def scale(self) -> float:
-        """What queries and keys are multiplied with."""
+        """Factor of queries and keys."""
         if self.rope_type != "yarn":
             return 1.0
         if self.attention_factor is not None:

@@ -1,4 +1,4 @@
-"""Where the variables of a Llama go on a mesh."""
+"""Shardings of a Llama's variables on a mesh."""
 
 import dataclasses
 import math
@@ -13,12 +13,11 @@ from q4jax.nnx.traverse import iter_modules
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# Which mesh axis splits what a module computes (its outputs), and what it reads (its inputs).
+# Mesh axes of the outputs and of the inputs of each module.
 _COLUMN, _ROW = ("tensor", "fsdp"), ("fsdp", "tensor")
 _Axes = str | tuple[str, ...] | None
 _MODULES: dict[str, tuple[_Axes, _Axes]] = {
-    # Features of looked-up rows would be split over "fsdp", and so would the residual stream then,
-    # where it is to be split by batch.
+    # Sharded features would propagate to the residual stream, which is to be sharded by batch.
     "embed_tokens": (("tensor", "fsdp"), None),
     "q_proj": _COLUMN,
     "k_proj": _COLUMN,
@@ -33,37 +32,38 @@ _MODULES: dict[str, tuple[_Axes, _Axes]] = {
 }
 _MATRICES = ("packed", "absmax", "embedding", "kernel")
 _REPLICATED = ("scale", "bias", "nested_absmax", "offset")
-# Between a module and the arrays of its weight, where it is in 4 bits or has adapters.
+# Path parts between a module and the arrays of a 4-bit weight or an adapted layer.
 _INNER = ("weight", "quant_state", "base")
 M = TypeVar("M")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaShardings:
-    """The `sharding=` of `from_pretrained` that its `mesh=` stands for.
+    """Sharding rules of a Llama: the `sharding=` of `from_pretrained` that `mesh=` stands for.
 
-    Called with the name of a variable and its `jax.ShapeDtypeStruct`, it returns a `NamedSharding`.
-    Projections of the residual stream (q, k, v, gate, up, the head) have their outputs over
-    "tensor" and their inputs over "fsdp"; o and down, which write to the stream, the other way
-    round; the embedding has its vocabulary over both. Inputs are split between blocks: where
-    "fsdp" or "tensor" does not divide their number, it splits the outputs as well. The codes of a
-    4-bit weight are split as its scales, and as the kernel before it is quantized. Experts are over
-    "expert". An adapter has its layer's outputs or inputs over "tensor" where the layer has, which
-    is where a step of training would put it. Double quantization's own scales, norms, biases and
-    routers are replicated, everything is over "data", and the axis of layers is not split.
+    Call it with a variable's name and `jax.ShapeDtypeStruct` to get its `NamedSharding`:
+
+    - Projections that read the residual stream (q, k, v, gate, up, the head) have their outputs
+      over "tensor" and their inputs over "fsdp"; o and down, which write to it, the reverse.
+    - The embedding has its vocabulary over both axes.
+    - Inputs are split between blocks. If their number is not divisible, the outputs take both axes.
+    - The codes of a 4-bit weight have the sharding of its scales and of the dense kernel.
+    - Experts are over "expert".
+    - An adapter has its outputs or inputs over "tensor" if its layer has.
+    - Norms, biases, routers and the nested scales of double quantization are replicated.
+    - Nothing is split over "data", nor along the axis of layers.
 
     Args:
-      mesh: its axes are among "data", "fsdp", "tensor" and "expert", in any order, and of the type
-        `Auto`.
-      blocksize: of the 4-bit weights.
+      mesh: a mesh with axes among "data", "fsdp", "tensor" and "expert", all of type `Auto`.
+      blocksize: block size of the 4-bit weights.
 
     Raises:
       TypeError: `mesh` is not a `jax.sharding.Mesh`.
-      ValueError: it has no axis, or one of another name. When called: a name that is none of a
-        Llama's; a variable that an axis does not divide into equal parts of whole blocks.
-      NotImplementedError: it has explicit or manual axes.
+      ValueError: the mesh has no axis, or one of another name. When called: the name is not that of
+        a Llama's variable, or an axis does not divide the variable into equal parts of full blocks.
+      NotImplementedError: the mesh has explicit or manual axes.
 
-    Example:
+    Examples:
       >>> import jax, numpy as np, q4jax
       >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",))
       >>> kernel = jax.ShapeDtypeStruct((2, 64, 128), np.float32)  # [layers, in, out]
@@ -79,17 +79,17 @@ class LlamaShardings:
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(self.mesh).__name__}")
         names = self.mesh.axis_names
         if not names or not set(names) <= set(AXES):
-            raise ValueError(f"mesh has the axes {names}; those known are {AXES}")
-        if any(kind != AxisType.Auto for kind in self.mesh.axis_types):
+            raise ValueError(f"mesh has the axes {names}; known axes are {AXES}")
+        if any(axis_type != AxisType.Auto for axis_type in self.mesh.axis_types):
             raise NotImplementedError(
                 f"mesh has axes of the types {self.mesh.axis_types}; models run on Auto ones: "
                 f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(names)})"
             )
 
     def __call__(self, name: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
-        """The sharding of the variable `name`; errors as the class documents them."""
+        """Return the sharding of the variable `name`; raises the class's errors."""
         *path, leaf = name.split(".")
-        leaf = leaf.partition("__")[0]  # without the tag that the key of a 4-bit leaf carries
+        leaf = leaf.partition("__")[0]  # without the spec tag of a 4-bit leaf's key
         path = [part for part in path if part not in _INNER]
         module = path[-1] if path else ""
         if leaf in _REPLICATED:
@@ -97,22 +97,24 @@ class LlamaShardings:
         if leaf in ("lora_a", "lora_b") and module in _MODULES:
             return self._adapter(leaf == "lora_b", module, array)
         if leaf not in _MATRICES or module not in _MODULES:
-            raise ValueError(f"{name} is no variable of a Llama: LlamaShardings has no rule for it")
+            raise ValueError(
+                f"{name} is not a variable of a Llama: LlamaShardings has no rule for it"
+            )
         lead: tuple[str | None, ...] = (None,) * ("layers" in path)
         if "experts" in path:
-            experts = self._known("expert")
+            experts = self._present("expert")
             self._require(name, experts, array.shape[len(lead)], "experts")
             lead = (*lead, *(experts or (None,)))
-        outputs, inputs = map(self._known, _MODULES[module])
+        outputs, inputs = map(self._present, _MODULES[module])
         shape = array.shape[len(lead) :]
         if len(shape) == 1:
             return self._flat(name, outputs + inputs)
         rows, columns = shape[::-1] if leaf == "kernel" else shape
-        # Blocks for a kernel too: it may be quantized where it lies.
+        # A kernel is split between blocks too, since it may be quantized on the mesh.
         unit = {"packed": self.blocksize // 2, "kernel": self.blocksize}.get(leaf, 1)
         blocks = columns // unit if columns % unit == 0 else columns
         if blocks % self._size(inputs):
-            # "tensor" before "fsdp": over which the batch is split, and weights are gathered.
+            # "fsdp" is last, since weights are gathered over it.
             both = tuple(axis for axis in ("tensor", "fsdp") if axis in outputs + inputs)
             if rows % self._size(both):
                 raise ValueError(
@@ -128,21 +130,21 @@ class LlamaShardings:
 
     @property
     def batch(self) -> NamedSharding:
-        """Where a batch goes: its first axis over "data" and "fsdp"."""
-        return NamedSharding(self.mesh, PartitionSpec(self._known(("data", "fsdp")) or None))
+        """Sharding of a batch: its first axis over "data" and "fsdp"."""
+        return NamedSharding(self.mesh, PartitionSpec(self._present(("data", "fsdp")) or None))
 
     def _adapter(self, second: bool, module: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
-        """Of the factor [..., in, rank], or of the second one, [..., rank, out]."""
-        # The first factor of a layer that reads split features adds to the layer's own sum; the
-        # second one of a layer that computes some of its outputs does for the same outputs.
-        axes = self._known("tensor") if _MODULES[module] == (_COLUMN if second else _ROW) else ()
+        """Return the sharding of a first factor [..., in, rank] or a second [..., rank, out]."""
+        # The first factor follows the inputs of a row-parallel layer, the second one the outputs of
+        # a column-parallel layer.
+        axes = self._present("tensor") if _MODULES[module] == (_COLUMN if second else _ROW) else ()
         axis = array.ndim - 1 - (not second)
         if not axes or array.shape[axis] % self._size(axes):
             return NamedSharding(self.mesh, PartitionSpec())
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, *axes))
 
-    def _known(self, axes: _Axes) -> tuple[str, ...]:
-        """Those that the mesh has."""
+    def _present(self, axes: _Axes) -> tuple[str, ...]:
+        """Return the axes that the mesh has."""
         names = (axes,) if isinstance(axes, str) else axes or ()
         return tuple(name for name in names if name in self.mesh.axis_names)
 
@@ -150,15 +152,15 @@ class LlamaShardings:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def place(self, tree: M, wrt: nnx.filterlib.Filter = ...) -> M:
-        """Moves the variables of a Llama, or of its optimizer, to where the rules put them.
+        """Move the variables of a Llama, or of its optimizer, to their shardings.
 
-        In a jitted step of training, after the update, it keeps what was updated there: the
-        compiler may put results elsewhere, and the next step would be another program.
+        Call it at the end of a jitted training step. It pins the updated variables to these
+        shardings, so that the next step does not recompile.
 
         Args:
-          tree: an nnx module; its variables are replaced in place, one after the other. An abstract
-            one, of `jax.ShapeDtypeStruct`s, is told where they belong.
-          wrt: which of them, as `nnx.state` takes it: `nnx.LoRAParam` for a model's adapters.
+          tree: an nnx module, whose variables are replaced one after the other. Abstract variables
+            (`jax.ShapeDtypeStruct`) get a sharding.
+          wrt: filter of the variables, as in `nnx.state`: `nnx.LoRAParam` for a model's adapters.
 
         Returns:
           The same module.
@@ -180,11 +182,11 @@ class LlamaShardings:
         return tree
 
     def check(self, model: nnx.Module, blocksizes: Mapping[str, int]) -> None:
-        """ValueError where a call would raise it, before anything is read.
+        """Raise the ValueError that a call would, before any weight is read.
 
         Args:
           model: an abstract Llama in full precision.
-          blocksizes: of the layers whose weight will be in 4 bits, by path.
+          blocksizes: block size of each layer that will be 4-bit, by path.
         """
         for path, module in iter_modules(model):
             for leaf, variable in vars(module).items():
@@ -205,12 +207,12 @@ class LlamaShardings:
                 if found[0].spec != found[1].spec:
                     raise ValueError(
                         f"{path} has blocks of {blocksizes[path]}, the rules are for "
-                        f"{self.blocksize}: its scales would lie as {found[0].spec} and its codes "
-                        f"as {found[1].spec}; pass sharding=LlamaShardings(mesh, blocksize=...)"
+                        f"{self.blocksize}: its scales would have {found[0].spec} and its codes "
+                        f"{found[1].spec}; pass sharding=LlamaShardings(mesh, blocksize=...)"
                     )
 
     def _require(self, name: str, axes: tuple[str, ...], size: int, what: str) -> None:
-        """ValueError unless the axes divide `size`."""
+        """Raise ValueError unless the axes divide `size`."""
         if size % self._size(axes):
             raise ValueError(
                 f"{name} has {size} {what}, which the mesh axis {'+'.join(axes)!r} of size "
@@ -218,10 +220,10 @@ class LlamaShardings:
             )
 
     def _flat(self, name: str, axes: tuple[str, ...]) -> NamedSharding:
-        """Codes or scales in one row, of a weight whose rows are no whole number of blocks."""
+        """Return the sharding of flat codes or scales, which cannot be split."""
         if self._size(axes) > 1:
             raise ValueError(
-                f"{name} is flat, as its in_features are no multiple of its blocksize: the mesh "
-                f"axis {'+'.join(axes)!r} of size {self._size(axes)} does not divide it"
+                f"{name} is flat since its in_features are not a multiple of its blocksize: the "
+                f"mesh axis {'+'.join(axes)!r} of size {self._size(axes)} does not divide it"
             )
         return NamedSharding(self.mesh, PartitionSpec())

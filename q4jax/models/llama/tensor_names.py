@@ -1,4 +1,4 @@
-"""How the variables of a model of the Llama family are called in Hugging Face checkpoints."""
+"""Names of a Llama's variables in Hugging Face checkpoints."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": 
 
 
 def tensor_names(path: VariablePath, config: LlamaConfig) -> list[str]:
-    """The tensors that make up the variable at `path`: as many as its leading axes count, in order.
+    """Return the tensors of the variable at `path`, in the order of its leading axes.
 
     >>> config = LlamaConfig(64, 32, 48, 2, 4, 4, 8)
     >>> tensor_names(("embed_tokens", "embedding"), config)
@@ -25,18 +25,18 @@ def tensor_names(path: VariablePath, config: LlamaConfig) -> list[str]:
     if modules[0] != "layers":
         prefix = [] if modules[0] == "lm_head" else ["model"]
         return [".".join([*prefix, *modules, LEAVES[leaf]])]
-    of_expert = "experts" in modules
-    called = ARCHITECTURES[config.model_type].expert_names if config.experts is not None else {}
-    inner = ".".join(called.get(m, m) if of_expert or m == "mlp" else m for m in modules[1:])
+    in_experts = "experts" in modules
+    renamed = ARCHITECTURES[config.model_type].expert_names if config.experts is not None else {}
+    inner = ".".join(renamed.get(m, m) if in_experts or m == "mlp" else m for m in modules[1:])
     template = f"model.layers.{{}}.{inner}.{LEAVES[leaf]}"
-    if of_expert:
+    if in_experts:
         template = template.replace(".experts.", ".experts.{}.")
     lead = lead_shape(path, config)
     return [template.format(*index) for index in np.ndindex(*lead)]
 
 
 def lead_shape(path: VariablePath, config: LlamaConfig) -> tuple[int, ...]:
-    """The leading axes of the variable: layers, and within them experts."""
+    """Return the leading axes of the variable: layers, then experts."""
     if str(path[0]) != "layers":
         return ()
     if config.experts is None or "experts" not in map(str, path):
@@ -45,5 +45,5 @@ def lead_shape(path: VariablePath, config: LlamaConfig) -> tuple[int, ...]:
 
 
 def is_transposed(path: VariablePath) -> bool:
-    """Whether the checkpoint has the variable as `[out, in]` and the model as `[in, out]`."""
+    """Return whether the checkpoint stores the variable as `[out, in]`, not `[in, out]`."""
     return str(path[-1]) == "kernel"

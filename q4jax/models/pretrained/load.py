@@ -1,4 +1,4 @@
-"""Models of the Llama family from Hugging Face directories, in full precision or in 4 bits."""
+"""Load a Llama from a Hugging Face directory or a state dict, dense or 4-bit."""
 
 import dataclasses
 import os
@@ -25,8 +25,8 @@ from q4jax.models.pretrained.loader import Loader
 from q4jax.nnx.convert import plan_quantization
 from q4jax.nnx.traverse import iter_modules
 
-# Buffers that old checkpoints carry and that follow from the config.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers of old checkpoints that are computed from the config.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 _MAX_SHOWN = 10
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -40,40 +40,38 @@ def from_pretrained(
     sharding: Placement | None = None,
     progress: bool | None = None,
 ) -> Llama:
-    """Loads a model of the Llama family from a directory with `config.json` and safetensors.
+    """Load a model of the Llama family from a Hugging Face directory.
 
-    Its `model_type` is llama, mistral, qwen2, qwen3, mixtral, qwen2_moe or qwen3_moe. The
-    directory is in float32, float16 or bfloat16, or its projections are 4-bit as
-    bitsandbytes writes them. Files are read tensor by tensor: the host holds the model and at most
-    a few of its largest tensors at a time.
+    Its `model_type` is llama, mistral, qwen2, qwen3, mixtral, qwen2_moe or qwen3_moe, and its
+    weights are float32, float16, bfloat16, or bitsandbytes' 4 bits. Tensors are read one at a time:
+    the host holds the model and a few of its largest tensors.
 
     Args:
-      path: the directory; `model.safetensors`, or `model.safetensors.index.json` and its
-        shards.
-      quantization: how to quantize the projections of a model in full precision to 4 bits: a
-        `QuantConfig`, which keeps `lm_head`, or a list of `QuantRule`s; None: not at all.
+      path: a directory with `config.json` and `model.safetensors`, or shards and
+        `model.safetensors.index.json`.
+      quantization: how to quantize the projections of a model in full precision: a `QuantConfig`,
+        which skips `lm_head`, or a list of `QuantRule`s; None: not at all.
       dtype: compute dtype; None: the `bnb_4bit_compute_dtype` of `config.json`, else its `dtype`,
-        else that of the weights. Weights keep the dtype they are stored in, norm scales become
-        float32.
-      mesh: where the model goes, split as `LlamaShardings` says; its axes are among "data",
-        "fsdp", "tensor" and "expert". What they do not divide is found before weights are read.
-      sharding: where arrays go, each straight from the host to its shards: a function of the name
-        of a variable, such as `layers.mlp.up_proj.weight.packed`, and its `jax.ShapeDtypeStruct`;
-        or a mapping from names; or one sharding. None: `mesh`, or else the default device.
-      progress: whether to draw a bar; None: where stderr is a terminal.
+        else that of the weights. Weights keep their stored dtype; norm scales become float32.
+      mesh: mesh to shard the model on as `LlamaShardings` does, with axes among "data", "fsdp",
+        "tensor" and "expert". Sizes that they do not divide are reported before weights are read.
+      sharding: a function from a variable's name, such as `layers.mlp.up_proj.weight.packed`, and
+        its `jax.ShapeDtypeStruct` to a sharding, a mapping from names, or one sharding. Arrays go
+        straight from the host to their shards. None: `mesh`, or the default device.
+      progress: whether to draw a progress bar; None: only if stderr is a terminal.
 
     Raises:
-      NotImplementedError: a checkpoint quantized by another method (it is named); another
-        `model_type`, or an entry of the config that is not implemented; a mesh with explicit
-        or manual axes.
+      NotImplementedError: the quantization method, the `model_type`, an entry of the config, or a
+        mesh with explicit or manual axes is not supported; the message names it.
       TypeError: `mesh` is not a `jax.sharding.Mesh`.
-      FileNotFoundError, ValueError: files or tensors are missing, unexpected, malformed, of the
-        wrong shape or dtype, or (when quantizing) not finite. The message names them. Both `mesh`
-        and `sharding`; a mesh with other axes, or of sizes that do not divide the weights.
+      FileNotFoundError: a file is missing.
+      ValueError: a tensor is missing, unexpected, malformed, of the wrong shape or dtype, or (when
+        quantizing) not finite; `mesh` and `sharding` are both given; the mesh has other axes, or
+        sizes that do not divide the weights. The message names the tensor or argument.
     """
     if mesh is not None:
         if sharding is not None:
-            raise ValueError("mesh and sharding both say where the variables go; pass one of them")
+            raise ValueError("mesh and sharding are both given; pass one of them")
         sharding = LlamaShardings(mesh)
     checkpoint = Checkpoint(path)
     if quantization is not None and checkpoint.quantization is not None:
@@ -88,7 +86,7 @@ def from_pretrained(
         return _load(config, checkpoint, quantization, dtype, sharding, bar)
 
 
-def from_tensors(
+def from_state_dict(
     config: LlamaConfig,
     tensors: Mapping[str, np.ndarray],
     quantization: Config = None,
@@ -96,10 +94,18 @@ def from_tensors(
     *,
     sharding: Placement | None = None,
 ) -> Llama:
-    """Builds a Llama from arrays under Hugging Face's names, projections as `[out, in]`.
+    """Build a Llama from arrays under Hugging Face's names.
 
-    `tensors` may read lazily: each is looked up once, and dropped before the next. Other
-    arguments and errors are those of `from_pretrained`.
+    Args:
+      config: sizes and architecture of the model.
+      tensors: arrays by name, projections as `[out, in]`. The mapping may be lazy: each array is
+        looked up once and released before the next.
+      quantization: how to quantize the projections, as in `from_pretrained`.
+      dtype: compute dtype; None: that of the weights.
+      sharding: where variables are placed, as in `from_pretrained`.
+
+    Raises:
+      ValueError: a tensor is missing, unexpected, or of the wrong shape or dtype.
     """
     bar = Progress("load", 0, show=False)
     return _load(config, tensors, quantization, dtype, sharding, bar)
@@ -129,7 +135,7 @@ def _load(
         if other:
             raise ValueError(
                 f"{', '.join(other)}: only linear layers are quantized while a model is loaded; "
-                "quantize_model takes the others"
+                "use quantize_model for the others"
             )
         quantized = {decision.path: decision.rule for decision in decisions.quantized}
         blocksizes = {path: rule.blocksize for path, rule in quantized.items() if rule is not None}
@@ -150,7 +156,7 @@ def _load(
 
 
 def _linear_paths(model: Llama) -> dict[str, list[str]]:
-    """The linear layers: dotted path to the tensors of the weight."""
+    """Return the tensors of each linear layer's weight by dotted path."""
     return {
         path: tensor_names((*path.split("."), "kernel"), model.config)
         for path, module in iter_modules(model)
@@ -159,7 +165,7 @@ def _linear_paths(model: Llama) -> dict[str, list[str]]:
 
 
 def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
-    """The dtype to build the model with: the embedding's stands for that of all weights."""
+    """Return the dtype of the embedding, in which the model is built."""
     if _EMBEDDING not in tensors:
         raise ValueError(f"tensors missing: [{_EMBEDDING!r}]")
     layouts = tensors.tensors.layouts if isinstance(tensors, Checkpoint) else tensors
@@ -169,24 +175,24 @@ def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
 
 
 def _check_sizes(config: LlamaConfig, tensors: int) -> None:
-    """ValueError where there are fewer tensors than layers and experts: before each has a name."""
-    count, said = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
+    """Raise ValueError if there are fewer tensors than experts, before names are built."""
+    count, sizes = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
     if config.experts is not None:
         count *= config.experts.num_experts
-        said += f" and num_experts={config.experts.num_experts}"
+        sizes += f" and num_experts={config.experts.num_experts}"
     if count > tensors:
-        raise ValueError(f"{said}, but there are {tensors} tensors")
+        raise ValueError(f"{sizes}, but there are {tensors} tensors")
 
 
 def _check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
-    """ValueError unless the model's tensors and the checkpoint's have the same names."""
+    """Raise ValueError unless model and checkpoint have the same tensor names."""
     config = model.config
     expected = {
         name
         for path, _ in nnx.to_flat_state(nnx.state(model))
         for name in tensor_names(path, config)
     }
-    found = {name for name in tensors if not _DERIVED.search(name)}
+    found = {name for name in tensors if not _BUFFERS.search(name)}
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if (
         config.tie_word_embeddings

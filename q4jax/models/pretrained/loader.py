@@ -1,4 +1,4 @@
-"""The variables of a Llama from tensors under Hugging Face's names, one tensor at a time."""
+"""Fill the variables of a Llama from Hugging Face's tensors, one tensor at a time."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,11 +9,12 @@ from flax import nnx
 
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import FLOAT_DTYPES
+from q4jax.interop.host_arrays import aligned_empty
 from q4jax.interop.huggingface.checkpoint import Checkpoint
 from q4jax.interop.huggingface.load_save import quantize_tensor
 from q4jax.interop.placement import Placement, place
 from q4jax.interop.progress import Progress
-from q4jax.interop.safetensors.reader import Entry, aligned_empty
+from q4jax.interop.safetensors.reader import Entry
 from q4jax.models.llama.decoder import Llama
 from q4jax.models.llama.tensor_names import (
     LEAVES,
@@ -31,16 +32,16 @@ _STRIP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Fills an abstract Llama.
+    """Fills the variables of an abstract Llama.
 
     Attributes:
-      tensors: name to array; or a `Checkpoint`, whose weights may be 4-bit.
-      quantized: paths of the linear layers that will be 4-bit, and how those are quantized that are
-        not 4-bit in `tensors`.
+      tensors: arrays by name, or a `Checkpoint`, whose weights may be 4-bit.
+      quantized: the rule of each linear layer that will be 4-bit, by path; None if it is 4-bit in
+        `tensors`.
       dtype: compute dtype of the 4-bit layers whose rule has none.
-      sharding: where the variables go. Names are those of the model, such as
-        `layers.mlp.up_proj.weight.packed`, and shapes have the axis of layers.
-      bar: told the bytes that were read from a `Checkpoint`.
+      sharding: where variables are placed. Their names are those of the model, such as
+        `layers.mlp.up_proj.weight.packed`; their shapes include the axis of layers.
+      bar: progress bar of the bytes that are read from a `Checkpoint`.
     """
 
     tensors: Mapping[str, Any]
@@ -50,18 +51,18 @@ class Loader:
     bar: Progress
 
     def fill(self, model: Llama) -> Llama:
-        """The model with values in all its variables; ValueError naming a tensor that is wrong."""
+        """Return the model with all variables filled; ValueError names a wrong tensor."""
         config = model.config
 
         def replace(path: str, module: nnx.Module) -> nnx.Module:
-            place_of = tuple(path.split("."))
+            parts = tuple(path.split("."))
             leaves = [
                 leaf
                 for leaf, value in vars(module).items()
                 if isinstance(value, nnx.Param) and leaf in LEAVES
             ]
             for leaf in leaves:
-                at = (*place_of, leaf)
+                at = (*parts, leaf)
                 names = tensor_names(at, config)
                 if leaf == "kernel" and path in self.quantized:
                     continue
@@ -71,10 +72,10 @@ class Loader:
                 setattr(module, leaf, variable.replace(array))
             if path not in self.quantized or not isinstance(module, nnx.Linear):
                 return module
-            names = tensor_names((*place_of, "kernel"), config)
+            names = tensor_names((*parts, "kernel"), config)
             wanted = (module.out_features, module.in_features)
             rule = self.quantized[path]
-            weight = self._weight(names, wanted, lead_shape(place_of, config), rule)
+            weight = self._weight(names, wanted, lead_shape(parts, config), rule)
             layer = Linear4bit.from_weight(
                 weight.finish(f"{path}.weight", self.sharding),
                 dtype=self.dtype if rule is None or rule.dtype is None else rule.dtype,
@@ -91,7 +92,7 @@ class Loader:
         lead: tuple[int, ...],
         rule: QuantRule | None,
     ) -> WeightStack:
-        """The 4-bit weight of one module: read, or quantized, matrix by matrix."""
+        """Read or quantize the 4-bit weight of one module, matrix by matrix."""
         stack = WeightStack(lead)
         for name in names:
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
@@ -109,13 +110,9 @@ class Loader:
         return stack
 
     def _dense(
-        self,
-        path: VariablePath,
-        names: list[str],
-        lead: tuple[int, ...],
-        shape: tuple[int, ...],
+        self, path: VariablePath, names: list[str], lead: tuple[int, ...], shape: tuple[int, ...]
     ) -> np.ndarray:
-        """One variable: its tensor, or those of its leading axes stacked; transposed if need be."""
+        """Return one dense variable: its tensors, transposed for a kernel and stacked."""
         value, stored = np.empty(0), None
         wanted = shape[len(lead) :]
         for index, name in enumerate(names):
@@ -143,9 +140,9 @@ class Loader:
         return value
 
     def _layout(self, path: VariablePath, name: str) -> Any:
-        """What has the dtype and the shape of a tensor: of a `Checkpoint`, without reading it.
+        """Return an object with the dtype and shape of a tensor, without reading a dense one.
 
-        Routers stay dense: where bitsandbytes has quantized one, it is decoded here.
+        Routers are dense in the model; one that bitsandbytes has quantized is decoded here.
         """
         if not isinstance(self.tensors, Checkpoint):
             return self.tensors[name]
@@ -157,7 +154,7 @@ class Loader:
         return np.asarray(weight.dequantize())
 
     def _array(self, name: str, layout: Any) -> np.ndarray:
-        """The tensor itself, which `_layout` returned already if it had to read it."""
+        """Return a tensor, given what `_layout` returned for it."""
         return np.asarray(self.tensors[name] if isinstance(layout, Entry) else layout)
 
     def _count(self, name: str) -> None:
@@ -166,7 +163,7 @@ class Loader:
 
 
 def _copy_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
-    """`out[...] = tensor.T`, by strips that stay in the cache."""
+    """Copy `tensor.T` into `out`, in strips that fit the CPU cache."""
     bits = f"u{tensor.itemsize}"
     tensor, out = tensor.view(bits), out.view(bits)
     for start in range(0, len(tensor), _STRIP):
@@ -175,4 +172,4 @@ def _copy_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted:
-        raise ValueError(f"{name} is {found}; the config asks for {wanted}")
+        raise ValueError(f"{name} is {found}; the config requires {wanted}")

@@ -1,4 +1,4 @@
-"""Models of the Llama family to Hugging Face directories."""
+"""Save a Llama as a Hugging Face directory."""
 
 import os
 from typing import Any
@@ -23,28 +23,28 @@ def save_pretrained(
     *,
     quant_storage: str = "uint8",
 ) -> None:
-    """Writes a model as `from_pretrained` and transformers read it, dense or with 4-bit layers.
+    """Save a model, dense or with 4-bit layers, for `from_pretrained` and transformers.
 
-    4-bit experts are written one by one, under the names that full-precision checkpoints have for
-    them. transformers 5, which keeps experts dense beside 4-bit layers, refuses these.
+    4-bit experts are written one by one, under the names of full-precision checkpoints.
+    transformers 5 refuses these, since it keeps experts dense beside 4-bit layers.
 
     Args:
-      model: without adapters: `interop.peft` writes these, `merge_lora` merges them.
-      path: the directory, made if it is not there; a checkpoint that is there is not replaced.
-      max_shard_bytes: size of a file.
-      quant_storage: what holds 4-bit codes: "uint8", "bfloat16", "float16" or "float32".
+      model: a Llama without adapters; `merge_lora` merges them, `interop.peft` writes them.
+      path: the directory; created if missing. A checkpoint in it is not replaced.
+      max_shard_bytes: the largest size of a file of more than one weight.
+      quant_storage: dtype that holds 4-bit codes: "uint8", "bfloat16", "float16" or "float32".
 
     Raises:
-      TypeError: the model holds variables that are no weights of a Llama; the message names one.
-      FileExistsError: a checkpoint is there already.
-      ValueError: 4-bit layers that one `quantization_config` cannot describe; a config that the
-        `model_type` has no entries for.
+      TypeError: a variable of the model is no weight of a Llama; the message names it.
+      FileExistsError: the directory holds a checkpoint.
+      ValueError: one `quantization_config` cannot describe the 4-bit layers, or the `model_type`
+        has no entries for the config.
     """
     config = model.config
     entries = config.to_hf()
     tree: dict[str, Any] = {}
-    for path_of, module in iter_modules(model):
-        at = tuple(path_of.split("."))
+    for module_path, module in iter_modules(model):
+        at = tuple(module_path.split("."))
         if isinstance(module, Linear4bit):
             names = tensor_names((*at, "kernel"), config)
             weights = _matrices(from_variables(module.weight), lead_shape(at, config))
@@ -54,7 +54,7 @@ def save_pretrained(
                 continue
             if type(variable) is not nnx.Param or leaf not in LEAVES:
                 raise TypeError(
-                    f"save_pretrained writes plain models; {path_of}.{leaf} is a "
+                    f"save_pretrained writes plain models; {module_path}.{leaf} is a "
                     f"{type(variable).__name__}: merge adapters first"
                 )
             value = np.asarray(variable[...])
@@ -73,14 +73,14 @@ def save_pretrained(
 
 
 def _scale(scale: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
-    """A norm scale, float32 in the model, in the dtype of the weights, if that holds its values.
+    """Return a norm scale in the dtype of the weights if the cast is exact.
 
-    transformers computes in the dtype of a scale and expects one dtype throughout.
+    transformers computes in the dtype of a scale and expects one dtype in a checkpoint.
     """
     cast = scale.astype(stored)
     return cast if np.array_equal(cast.astype(np.float32), scale) else scale
 
 
 def _matrices(weight: Params4bit, lead: tuple[int, ...]) -> list[Params4bit]:
-    """The weight of each layer, or of each of its experts."""
+    """Return the weights of the layers, or of all their experts."""
     return [jax.tree.map(lambda a, at=at: a[at], weight) for at in np.ndindex(*lead)]

@@ -1,4 +1,4 @@
-"""A 4-bit weight whose matrices, of layers and experts, come one after another."""
+"""Build a stacked 4-bit weight from the matrices of layers and experts, one by one."""
 
 from typing import Any
 
@@ -6,31 +6,35 @@ import numpy as np
 
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState
-from q4jax.interop.placement import Placement, place
-from q4jax.interop.safetensors.reader import aligned_empty
+from q4jax.interop.host_arrays import aligned_empty
+from q4jax.interop.placement import Placement, place_weight
 from q4jax.ops.params import Params4bit
 
 _PARTS = ("absmax", "nested_absmax", "offset")
 
 
 class WeightStack:
-    """Collects the arrays of a weight in host memory, stacked over its leading axes.
+    """Collects the arrays of a stacked weight in host memory.
 
     Args:
-      lead: these axes; as many matrices as they count will be added, in order.
+      lead: the leading axes, `(layers,)` or `(layers, experts)`; matrices are added in their order.
     """
 
     def __init__(self, lead: tuple[int, ...]):
         self._lead = lead
         self._count = 0
         self._spec: QuantSpec | None = None
-        self._buffers: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, Any] = {}
 
     def add(self, name: str, state: QuantState) -> np.ndarray:
-        """Takes in the scales of the next matrix; returns the memory for its codes, uint8.
+        """Store the scales of the next matrix; return a uint8 array to fill with its codes.
+
+        Args:
+          name: name of the matrix, for error messages.
+          state: its statistics.
 
         Raises:
-          ValueError: the matrix, of this name, has another description than the first.
+          ValueError: its spec differs from that of the first matrix.
         """
         arrays = {part: getattr(state, part) for part in _PARTS[: 3 if state.nested else 1]}
         if self._spec is None:
@@ -51,11 +55,8 @@ class WeightStack:
         return self._buffers["packed"][index]
 
     def finish(self, name: str, sharding: Placement | None) -> Params4bit:
-        """The whole weight, on its devices."""
+        """Return the stacked weight, placed on its devices."""
         assert self._spec is not None
-        placed = {
-            part: place(f"{name}.{part}", buffer, sharding)
-            for part, buffer in self._buffers.items()
-        }
-        scales = [placed[part] for part in _PARTS if part in placed]
-        return Params4bit(placed["packed"], QuantState.tree_unflatten(self._spec, scales))
+        scales = [self._buffers[part] for part in _PARTS if part in self._buffers]
+        state = QuantState.tree_unflatten(self._spec, scales)
+        return place_weight(name, Params4bit(self._buffers["packed"], state), sharding)

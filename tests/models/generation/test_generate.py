@@ -1,17 +1,16 @@
-"""Generation equals the naive loop, stops and pads, draws as asked, and compiles once."""
+"""Generation equals the naive loop, stops, pads, samples, and compiles once."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import q4jax.models.llama
-from q4jax.models.generation import generate
+from q4jax.models import Llama, generate
 from q4jax.models.llama.kv_cache import KVCache
 
 
 def naive(model, ids, steps, forward):
-    """Runs the whole text for each token; what lies to the right of it does not count."""
+    """Generate greedily by running the complete text for each token."""
     start = ids.shape[1]
     ids = jnp.pad(ids, ((0, 0), (0, steps)))
     for end in range(start, start + steps):
@@ -57,7 +56,7 @@ def test_zero_new_tokens(model, input_ids):
 
 
 def drawn(model, prompt, **how):
-    """The first new token of 400 draws."""
+    """Return the first new token of 400 samples."""
     prompts = jnp.tile(prompt[:1], (400, 1))
     return np.asarray(generate(model, prompts, 1, rng=jax.random.key(3), **how))[:, -1]
 
@@ -89,15 +88,15 @@ def test_draws_repeat_with_the_key(model, input_ids):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """The shape of the tokens, each time that the model is traced anew."""
+    """Return a list that collects the token shape of each trace of the model."""
     found = []
-    original = q4jax.models.llama.Llama.hidden_states
+    original = Llama.hidden_states
 
     def counted(self, ids, *args, **kwargs):
         found.append(ids.shape)
         return original(self, ids, *args, **kwargs)
 
-    monkeypatch.setattr(q4jax.models.llama.Llama, "hidden_states", counted)
+    monkeypatch.setattr(Llama, "hidden_states", counted)
     return found
 
 

@@ -1,4 +1,4 @@
-"""LlamaConfig reads what transformers 4 and 5 write, and names what it cannot do."""
+"""LlamaConfig reads configs of transformers 4 and 5, and names unsupported entries."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from q4jax.models.llama.config import LlamaConfig, RopeScaling
+from tests.support.vectors import GOLDEN
 
 BASE = {
     "model_type": "llama",
@@ -15,6 +16,7 @@ BASE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+GOLDEN_CONFIG = json.loads((GOLDEN / "llama_tiny_bnb4" / "config.json").read_text())
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -88,3 +90,60 @@ def test_unsupported_features_are_named(change, message):
 def test_wrong_values_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         LlamaConfig.from_hf(BASE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model_type": "gemma"}, NotImplementedError, "'gemma': .* llama, mistral, .* qwen3_moe"),
+        ({"model_type": ["llama"]}, NotImplementedError, r"model_type \['llama'\]"),
+        ({"model_type": "mistral", "sliding_window": -4}, ValueError, "sliding_window .* got -4"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 1},
+            ValueError,
+            "_tok=2 is more than num_experts=1",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 8},
+            ValueError,
+            "contradicts itself: {'num_local_experts': 8, 'num_experts': 4}",
+        ),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [1]}, NotImplementedError, r"=\[1\]"),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, NotImplementedError, "step=2"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"]},
+            None,
+            None,
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]},
+            ValueError,
+            "layer_types must be 2 times .* 'chunked_attention'",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            ValueError,
+            "but sliding_window is None",
+        ),
+        ({"num_hidden_layers": 2**31 - 1}, ValueError, "at most 10000, got 2147483647"),
+        ({"hidden_size": 2, "head_dim": None}, ValueError, "head_dim=0 must be even"),
+        ({"model_type": "qwen3", "use_sliding_window": 1}, ValueError, "must be true or false"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": "all"},
+            ValueError,
+            "max_window_layers must be an integer, got 'all'",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
+            NotImplementedError,
+            "layer_types=",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_served_are_named(change, error, message):
+    config = {k: v for k, v in GOLDEN_CONFIG.items() if k != "quantization_config"} | change
+    if error is None:
+        assert LlamaConfig.from_hf(config).sliding_window is None
+        return
+    with pytest.raises(error, match=message):
+        LlamaConfig.from_hf(config)

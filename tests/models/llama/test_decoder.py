@@ -1,4 +1,4 @@
-"""The model: Hugging Face's numbers, causality, grouped heads, the cache, and what scan carries."""
+"""The model: Hugging Face's numbers, causality, grouped heads, cache and scan."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from q4jax.models import Llama, LlamaConfig, from_tensors
+from q4jax.models import Llama, LlamaConfig, from_state_dict
 from q4jax.models.llama.kv_cache import KVCache
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llama_tiny_bnb4"
@@ -38,7 +38,7 @@ def dequantized(tensors):
 def test_logits_of_transformers(relative):
     expected = load_file(GOLDEN / "expected.safetensors")
     config = LlamaConfig.from_hf(json.loads((GOLDEN / "config.json").read_text()))
-    model = from_tensors(config, dequantized(load_file(GOLDEN / "model.safetensors")))
+    model = from_state_dict(config, dequantized(load_file(GOLDEN / "model.safetensors")))
     logits = model(jnp.asarray(expected["input_ids"], jnp.int32))
     assert relative(logits, expected["logits_dequantized_model"]) <= 1e-5
 
@@ -167,7 +167,7 @@ class Frozen(nnx.Variable):
     """A variable that is no parameter."""
 
 
-def test_scan_carries_every_kind_of_variable(config, input_ids):
+def test_scan_carries_every_type_of_variable(config, input_ids):
     """A projection may be replaced by a module with other variables, integers among them."""
 
     class Coded(nnx.Module):

@@ -1,4 +1,4 @@
-"""A Llama straight onto a mesh: where each variable goes, and what it then computes."""
+"""A Llama loaded onto a mesh: shardings and results."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import q4jax
 from q4jax.models import LlamaShardings, from_pretrained
-from q4jax.models.generation import generate
+from q4jax.models import generate
 
 LLAMA, WIDE, TIED = sys.argv[1:]
 COLUMN, ROW = ("tensor", "fsdp"), ("fsdp", "tensor")
@@ -113,7 +113,7 @@ print("done")
 
 
 def mesh_of(**sizes):
-    """A mesh of one device, which stands for as many as it takes."""
+    """Return an abstract mesh that repeats one device."""
     return Mesh(np.full(tuple(sizes.values()), jax.devices()[0]), tuple(sizes))
 
 
@@ -168,12 +168,12 @@ def test_a_mesh_of_one_device(forward, input_ids):
             None,
             r"layers.\S*_proj.kernel has 8 blocks or features .* 5 does not divide, and 256 rows",
         ),
-        ({"tensor": 2}, 1024, r"layers.\S*.weight.absmax is flat, .* 'tensor' of size 2 does not"),
+        ({"tensor": 2}, 1024, r"layers.\S*.weight.absmax is flat .* 'tensor' of size 2 does not"),
     ],
 )
 def test_axes_that_do_not_divide(folder, sizes, blocksize, message, monkeypatch):
     settings = blocksize and q4jax.QuantConfig(blocksize=blocksize)
-    monkeypatch.setattr("q4jax.models.loading.Loader.fill", None)  # it is found before
+    monkeypatch.setattr("q4jax.models.pretrained.loader.Loader.fill", None)  # it is found before
     with pytest.raises(ValueError, match=message) as error:
         from_pretrained(folder, settings, mesh=mesh_of(**sizes))
     assert "\n" not in str(error.value)
@@ -220,7 +220,7 @@ def test_experts_go_over_their_axis():
 
 
 def test_settings_of_other_blocks():
-    """Codes and scales would not lie alike: found before anything is read."""
+    """Different shardings of codes and scales are reported before weights are read."""
     model = nnx.eval_shape(lambda: Llama(WIDE, rngs=nnx.Rngs(0)))
     rules = LlamaShardings(mesh_of(fsdp=8), blocksize=32)
     sizes = {"layers.self_attn.q_proj": 64}
@@ -237,7 +237,7 @@ def test_a_flat_weight_on_axes_of_size_one(folder):
 
 
 def test_bad_meshes(folder):
-    names = r"those known are \('data', 'fsdp', 'tensor', 'expert'\)"
+    names = r"known axes are \('data', 'fsdp', 'tensor', 'expert'\)"
     for mesh in (mesh_of(model=1), mesh_of(fsdp=1, x=1), mesh_of()):
         with pytest.raises(ValueError, match=names):
             from_pretrained(folder, mesh=mesh)
@@ -251,9 +251,9 @@ def test_bad_meshes(folder):
     ):
         from_pretrained(folder, mesh=explicit)
     rules = LlamaShardings(mesh_of(fsdp=1))
-    with pytest.raises(ValueError, match="mesh and sharding both say"):
+    with pytest.raises(ValueError, match="mesh and sharding are both given"):
         from_pretrained(folder, mesh=rules.mesh, sharding=rules)
     array = jax.ShapeDtypeStruct((8, 8), np.float32)
     for name in ("kernel", "layers.mlp.router.kernel", ""):
-        with pytest.raises(ValueError, match=f"{name} is no variable of a Llama"):
+        with pytest.raises(ValueError, match=f"{name} is not a variable of a Llama"):
             rules(name, array)

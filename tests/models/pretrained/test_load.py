@@ -1,7 +1,8 @@
-"""Directories round-trip, load lazily, and every defect is an error that names it."""
+"""Directories round-trip, load lazily, and defects are named errors."""
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.models import Llama, LlamaConfig, from_pretrained, from_tensors, save_pretrained
+from q4jax.models import Llama, LlamaConfig, from_pretrained, from_state_dict, save_pretrained
+from tests.support.random_weights import write_directory
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -23,7 +25,7 @@ def folder(model, tmp_path):
 
 
 def edit(folder, change):
-    """Rewrites the tensors of a directory after `change(tensors)`."""
+    """Rewrite the tensors of a directory after `change(tensors)`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -161,7 +163,7 @@ def test_save_refuses_what_is_not_dense(config, tmp_path):
 
 
 def test_one_tensor_at_a_time(model, tmp_path, config):
-    """Loading looks each projection up once, and holds none of them after stacking it."""
+    """Loading looks up each projection once and releases it after stacking."""
     save_pretrained(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     lookups = []
@@ -171,7 +173,7 @@ def test_one_tensor_at_a_time(model, tmp_path, config):
             lookups.append(name)
             return super().__getitem__(name)
 
-    from_tensors(config, Watched(stored))
+    from_state_dict(config, Watched(stored))
     assert all(lookups.count(name) == 1 for name in stored if "layers" in name)
 
 
@@ -192,7 +194,7 @@ def test_quantization_while_loading(config, tmp_path, input_ids, forward, relati
 
 
 def test_rules_for_each_layer(tmp_path):
-    """As `quantize_model` takes them, each layer with the settings of its rule."""
+    """Each layer gets the settings of its rule, as with `quantize_model`."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -216,3 +218,27 @@ def test_rules_for_each_layer(tmp_path):
         from_pretrained(tmp_path, [q4jax.QuantRule("embed_tokens", embeddings=True)])
     with pytest.raises(TypeError, match="a QuantConfig or a list of QuantRules, got 'nf4'"):
         from_pretrained(tmp_path, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (
+            "llama",
+            {"model_type": "mistral"},
+            "of a mistral .* unexpected: .*down_proj.bias.* and 18 more",
+        ),
+        ("llama", {"attention_bias": False}, "of a llama .* unexpected: .*o_proj.bias"),
+        ("llama", {"model_type": "qwen3"}, "of a qwen3 .* missing: .*k_norm.weight"),
+        ("mixtral", {"num_local_experts": 6}, r"missing: .*experts.5.w1.weight"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_experts=1000000, but there are 91 tensors"),
+        ("qwen3_moe", {"moe_intermediate_size": 25}, r"is \(32, 24\); .* \(32, 25\)"),
+        ("mistral", {"num_key_value_heads": 4}, r"k_proj.weight is \(32, 32\); .* \(64, 32\)"),
+    ],
+)
+def test_configs_that_contradict_the_weights_are_named(case, change, message, tmp_path):
+    write_directory(case, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.compile(message)):
+        from_pretrained(tmp_path)

@@ -11,8 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.interop.bitsandbytes import state_dict as bitsandbytes
-from q4jax.interop.huggingface import load_save as huggingface
+from q4jax.interop import bitsandbytes, huggingface
 from q4jax.models import Llama, LlamaConfig, from_pretrained, save_pretrained
 from q4jax.nnx.variables import from_variables
 from tests.support.vectors import GOLDEN
@@ -32,7 +31,7 @@ def golden():
 
 
 class Given(nnx.Module):
-    """Hidden states in the place of those that the embedding looks up."""
+    """An embedding that returns given hidden states."""
 
     def __init__(self, hidden):
         self.hidden = nnx.Param(hidden)
@@ -90,7 +89,7 @@ def test_compute_dtype_of_the_config_or_the_caller(tmp_path, golden, expected, f
 
 
 def copy(folder, change=lambda config: None, tensors=lambda tensors: None):
-    """The golden directory with changes."""
+    """Copy the golden directory with changes."""
     config = json.loads((LLAMA / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))

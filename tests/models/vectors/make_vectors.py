@@ -1,4 +1,4 @@
-"""Makes the vectors beside it: what transformers computes with small models of each architecture.
+"""Make the vectors: results of transformers with a small model of each architecture.
 
     pip install "transformers>=5" torch safetensors
     python -m tests.models.vectors.make_vectors
@@ -98,7 +98,7 @@ CASES = {
 
 
 def make(kind, changes, folder):
-    """The arrays and the metadata of a case."""
+    """Return the arrays and the metadata of a case."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Experts on a mesh: where their variables go, and what they then compute."""
+"""Experts on a mesh: shardings and results."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A Llama in 4 bits with adapters: the same model, through scan, remat, cache and generation."""
+"""A 4-bit Llama with adapters under scan, remat, cache and generation."""
 
 import dataclasses
 
@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 import q4jax
-from q4jax.models import Llama
-from q4jax.models.generation import generate
+from q4jax.models import Llama, generate
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters: what PEFT computed with them, and its files in and out."""
+"""PEFT's adapters: PEFT's own results with them, and its files read and written."""
 
 import json
 
@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import q4jax
-from q4jax.interop.peft import load_save as peft
+from q4jax.interop import peft
 from q4jax.models import Llama, LlamaConfig
 from q4jax.nnx.variables import from_variables
 from tests.support.vectors import MANIFEST, tensors
@@ -20,7 +20,7 @@ A, B = (f"base_model.model.proj.lora_{side}.weight" for side in "AB")
 
 
 def write(folder, pairs, **changes):
-    """A directory as PEFT writes it."""
+    """Write a directory as PEFT does."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
     pairs = {name: np.ascontiguousarray(array) for name, array in pairs.items()}
@@ -190,7 +190,7 @@ def test_configs_that_are_refused(base, tmp_path, changes, error, message):
 
 def test_other_tensors_are_refused_by_name(base, tmp_path):
     extra = {"base_model.model.lm_head.lora_embedding_A": np.ones(2)}
-    with pytest.raises(NotImplementedError, match="lora_embedding_A is no LoRA matrix"):
+    with pytest.raises(NotImplementedError, match="lora_embedding_A is not a LoRA matrix"):
         peft.load_adapters(base, write(tmp_path / "a", pairs() | extra))
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         peft.load_adapters(base, tmp_path / "b")

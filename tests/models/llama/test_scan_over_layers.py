@@ -19,7 +19,7 @@ SHALLOW, DEEP = 4, 32
 
 @pytest.fixture(scope="module", params=["dense", "4-bit", "experts"])
 def programs(request, config):
-    """layers -> the step of decoding, and its arguments as shapes."""
+    """Return the decoding step and its abstract arguments by number of layers."""
     wide = dataclasses.replace(config, hidden_size=64, intermediate_size=128, head_dim=16)
     if request.param == "experts":
         wide = dataclasses.replace(wide, experts=ExpertsConfig(4, 2, 64), sliding_window=8)
@@ -58,7 +58,7 @@ def test_the_program_does_not_grow_with_depth(programs):
 
 @pytest.mark.slow
 def test_compiling_takes_no_longer(programs):
-    """CPU seconds, so that other processes do not count; the least of some turns."""
+    """Compare CPU seconds, the minimum of several runs."""
     seconds = {SHALLOW: [], DEEP: []}
     for _ in range(3):
         for layers, (step, shapes) in programs.items():
