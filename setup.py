@@ -17,24 +17,24 @@ from setuptools.command.build_ext import build_ext
 SOURCES = pathlib.Path("q4jax/native/src")
 
 
-def headers():
-    """The folder of XLA's headers, or None."""
+def xla_include_dir():
+    """Return the folder of XLA's headers, or None."""
     spec = importlib.util.find_spec("jaxlib")
     found = [pathlib.Path(p, "include") for p in (spec.submodule_search_locations if spec else ())]
     return next((str(p) for p in found if (p / "xla/ffi/api/ffi.h").exists()), None)
 
 
 def extensions():
-    """The library, or nothing where it cannot be built."""
+    """Return the library, or nothing where it cannot be built."""
     served = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
-    if not served or headers() is None:
+    if not served or xla_include_dir() is None:
         return []
     return [
         Extension(
             "q4jax.native.libq4jax",
             sources=sorted(map(str, SOURCES.glob("*.cc"))),
             depends=sorted(map(str, SOURCES.glob("*.h"))),
-            include_dirs=[headers()],
+            include_dirs=[xla_include_dir()],
             # Contraction would make one rounding of the two that decoding a scale has.
             extra_compile_args=[
                 *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),

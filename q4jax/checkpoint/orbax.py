@@ -187,7 +187,7 @@ def _read_header(read: _Read, where: str) -> Any:
 
 
 def _current(path: epath.Path) -> epath.Path:
-    """Return the path of the checkpoint, which is a sibling of `path` if a replacement was interrupted."""
+    """Return the checkpoint's path, a sibling of `path` if a replacement was interrupted."""
     new = _sibling(path, "new")
     return new if new.exists() and not path.exists() else path
 
@@ -204,7 +204,7 @@ def _sibling(path: epath.Path, name: str) -> epath.Path:
 
 
 def _replace(path: epath.Path, staging: epath.Path) -> None:
-    """Move the complete checkpoint `staging` to `path`, so that one of both exists at any moment."""
+    """Move the complete checkpoint `staging` to `path`; at any moment one of both exists."""
     old = _sibling(path, "old")
     if staging != path:
         if old.exists():

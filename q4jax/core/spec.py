@@ -54,6 +54,7 @@ class QuantSpec:
         in the flat form the full shape of the weight.
 
     Examples:
+      >>> from q4jax import QuantSpec
       >>> spec = QuantSpec("nf4", 64, 256, "float32", (128, 256))
       >>> spec.tag()
       'nf4_b64_n256_float32_128x256'

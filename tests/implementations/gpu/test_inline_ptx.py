@@ -1,4 +1,4 @@
-"""The emulation of PTX, against numpy; and the decode strategies, against their meaning."""
+"""The PTX emulator against numpy, and the PTX of decoding against its reference."""
 
 import itertools
 
@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from ptx_emulator import emulate  # notebooks/ is on pytest's path
 
 from q4jax import codebooks
 from q4jax.gpu import ptx_decode as decode
-from q4jax.pallas import inline_ptx as ptx
 
 SCALES = np.float32([0, 1, 0.0217, 1e-35, 65504, 3e38, np.inf, np.nan, -1])
 
 
 def run(asm, args, dtype):
-    return np.asarray(ptx.emulate(asm, [jnp.asarray(a) for a in args], dtype))
+    return np.asarray(emulate(asm, [jnp.asarray(a) for a in args], dtype))
 
 
 def bits(x):
@@ -112,5 +112,5 @@ def test_a_scale_is_rounded_twice():
     rng = np.random.default_rng(0)
     value, nested = codebooks.DYNAMIC_MAP[rng.integers(0, 256, 4096)], rng.random(4096, np.float32)
     offset = rng.random(4096, np.float32)
-    found = jax.jit(lambda *a: ptx.emulate(decode.SCALE_ASM, a, "float32"))(value, nested, offset)
+    found = jax.jit(lambda *a: emulate(decode.SCALE_ASM, a, "float32"))(value, nested, offset)
     np.testing.assert_array_equal(found, value * nested + offset)
