@@ -1,6 +1,6 @@
 """Save and restore trees with 4-bit weights by Orbax, verified against a manifest.
 
-Orbax stores arrays and the names of their places, and casts an array to the dtype that a target
+Orbax stores arrays and the names of their targets, and casts an array to the dtype that a target
 asks for. So a checkpoint has a second item beside the arrays, committed together with them: a
 header with the dtype, shape and sha256 of every leaf. A target is compared with it before an array
 is read, and every array after.
@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from q4jax.checkpoint.adapters import adapter_state, with_adapters
-from q4jax.checkpoint.tree_io import Place, Places, rebuild, take_apart
+from q4jax.checkpoint.tree_io import ArrayTarget, ArrayTargets, rebuild, take_apart
 from q4jax.tree.check_sharding import check_sharding
 
 __all__ = ["adapter_state", "restore", "restore_step", "save", "save_args", "with_adapters"]
@@ -161,8 +161,8 @@ def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
     if target is not None:
         check_sharding(target)
 
-    def read_arrays(places: Places) -> dict[str, Any]:
-        wanted = {name: _restore_args(place) for name, place in places.items()}
+    def read_arrays(targets: ArrayTargets) -> dict[str, Any]:
+        wanted = {name: _restore_args(target) for name, target in targets.items()}
         request = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
         arrays: dict[str, Any] = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
         return arrays
@@ -170,11 +170,11 @@ def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
     return rebuild(_read_header(read, where), read_arrays, where, target, verify)
 
 
-def _restore_args(place: Place) -> ocp.RestoreArgs:
+def _restore_args(wanted: ArrayTarget) -> ocp.RestoreArgs:
     """Return Orbax's arguments for an array, without a dtype, to which Orbax would cast."""
-    if isinstance(place, np.ndarray):
+    if isinstance(wanted, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=place.sharding)
+    return ocp.ArrayRestoreArgs(sharding=wanted.sharding)
 
 
 def _read_header(read: _Read, where: str) -> Any:

@@ -11,7 +11,7 @@ from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 
 from q4jax.checkpoint.orbax import ARRAYS, HEADER
-from q4jax.checkpoint.tree_io import Places, rebuild, take_apart
+from q4jax.checkpoint.tree_io import ArrayTargets, rebuild, take_apart
 
 _TEXT = "header"
 
@@ -81,8 +81,8 @@ def restore_step(
 
 
 def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
-    def read_arrays(places: Places) -> dict[str, Any]:
-        arrays: dict[str, Any] = read({ARRAYS: places})[ARRAYS]
+    def read_arrays(targets: ArrayTargets) -> dict[str, Any]:
+        arrays: dict[str, Any] = read({ARRAYS: targets})[ARRAYS]
         return arrays
 
     try:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from q4jax.checkpoint import manifest as header
+from q4jax.checkpoint import manifest
 from q4jax.tree.leaves import (
     Leaves,
     Path,
@@ -20,9 +20,9 @@ from q4jax.tree.leaves import (
     nest,
 )
 
-Place = jax.ShapeDtypeStruct | np.ndarray
-"""What an array is to be: on a device, by its sharding, or in numpy."""
-Places = dict[str, Place]
+ArrayTarget = jax.ShapeDtypeStruct | np.ndarray
+"""The array to restore: on devices, with a sharding, or in numpy."""
+ArrayTargets = dict[str, ArrayTarget]
 
 
 def take_apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,8 +34,8 @@ def take_apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
       TypeError: a leaf that cannot be saved.
     """
     found = leaves(tree)
-    signed = header.write(found)
-    arrays = {name_of(p): header.data_of(leaf) for p, leaf in found.items() if _is_array(leaf)}
+    signed = manifest.write(found)
+    arrays = {name_of(p): manifest.data_of(leaf) for p, leaf in found.items() if _is_array(leaf)}
     if not arrays:
         raise ValueError("tree holds no array to save")
     return arrays, signed
@@ -43,7 +43,7 @@ def take_apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def rebuild(
     signed: Any,
-    read_arrays: Callable[[Places], dict[str, Any]],
+    read_arrays: Callable[[ArrayTargets], dict[str, Any]],
     where: str,
     target: Any,
     verify: bool,
@@ -57,18 +57,20 @@ def rebuild(
       target: the tree to fill, or None: nested dicts and lists.
       verify: compare the sha256 of every array.
     """
-    entries = header.read(signed, where)
+    entries = manifest.read(signed, where)
     wanted: dict[str, Any] = {}
     if target is not None:
         found = leaves(target)
-        header.compare(entries, found)
+        manifest.compare(entries, found)
         wanted = {name_of(path): leaf for path, leaf in found.items()}
     stored = {name_of(path): path for path, entry in entries.items() if "data" in entry}
-    places = {name: _place(name, entries[at], wanted.get(name)) for name, at in stored.items()}
-    read = read_arrays(places)
+    targets = {
+        name: _array_target(name, entries[at], wanted.get(name)) for name, at in stored.items()
+    }
+    read = read_arrays(targets)
     arrays: Leaves = {path: read[name] for name, path in stored.items()}
     for path, array in arrays.items():
-        header.check(path, array, entries[path], verify, where)
+        manifest.check(path, array, entries[path], verify, where)
     values: dict[Path, Any] = {
         path: _value(entry, arrays.get(path), wanted.get(name_of(path)))
         for path, entry in entries.items()
@@ -80,7 +82,7 @@ def rebuild(
     return nest({p: x for p, x in values.items() if not in_weight(p, weights)} | weights)
 
 
-def _place(name: str, entry: header.Entry, wanted: Any) -> Place:
+def _array_target(name: str, entry: manifest.Entry, wanted: Any) -> ArrayTarget:
     dtype, _, axes = entry["data"].partition("[")
     shape = tuple(json.loads(f"[{axes}"))
     if isinstance(wanted, np.ndarray | np.generic) or (wanted is None and entry["kind"] == "numpy"):
@@ -95,7 +97,7 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype")
 
 
-def _value(entry: header.Entry, array: Any, wanted: Any) -> Any:
+def _value(entry: manifest.Entry, array: Any, wanted: Any) -> Any:
     if entry["kind"] == "key":
         key = jax.random.wrap_key_data(array, impl=entry["impl"])
         return jax.device_put(key, getattr(wanted, "sharding", None))
