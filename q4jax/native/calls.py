@@ -45,7 +45,9 @@ def linear(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
-    return _product("q4jax_linear", _static(quant_type, blocksize), x, *weight, bias)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    result = _check_rows(x, k, n, (n, k))
+    return _call("q4jax_linear", [result], x, *weight, bias, **_static(quant_type, blocksize))[0]
 
 
 def linear_transpose(
@@ -74,7 +76,9 @@ def linear_transpose(
     """
     weight = _weight(packed, absmax, nested_absmax, offset, blocksize)
     no_bias = jnp.zeros(0, jnp.float32)
-    return _product("q4jax_transposed", _static(quant_type, blocksize), g, *weight, no_bias)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    result, static = _check_rows(g, n, k, (n, k)), _static(quant_type, blocksize)
+    return _call("q4jax_transposed", [result], g, *weight, no_bias, **static)[0]
 
 
 def dequantize(
@@ -165,15 +169,13 @@ def _weight(packed, absmax, nested_absmax, offset, blocksize):
     return packed, absmax, nested_absmax, offset
 
 
-def _product(
-    target: str, static: dict[str, np.int64], x: Array, packed: Array, *rest: Array
-) -> Array:
-    n, k = packed.shape[0], packed.shape[1] * 2
-    inner, outer = (k, n) if target == "q4jax_linear" else (n, k)
+def _check_rows(x: Array, inner: int, outer: int, weight: tuple[int, int]) -> tuple[Any, Any]:
+    """Return the shape and dtype of a product; ValueError where x does not fit the weight."""
     if x.ndim != 2 or x.shape[1] != inner:
-        raise ValueError(f"x must be [M, {inner}] for a weight of [{n}, {k}], got {list(x.shape)}")
-    result = ((x.shape[0], outer), x.dtype)
-    return _call(target, [result], x, packed, *rest, **static)[0]
+        raise ValueError(
+            f"x must be [M, {inner}] for a weight of {list(weight)}, got {list(x.shape)}"
+        )
+    return (x.shape[0], outer), x.dtype
 
 
 def _static(quant_type: str, blocksize: int) -> dict[str, np.int64]:

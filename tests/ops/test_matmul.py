@@ -1,5 +1,8 @@
 """`matmul_4bit` and its gradients, against numpy in float64 on the weight as it is rounded."""
 
+import traceback
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from jax.test_util import check_grads
 
 import q4jax
 from q4jax import Params4bit
+from q4jax.ops import registry
 from tests.support.random_arrays import normal
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -197,3 +201,27 @@ def test_on_gpu_it_is_one_dot_of_the_whole_weight(f, dtype):
     assert len(dots) == 1
     assert "tensor<256x512x" in dots[0]
     assert "stablehlo.while" not in text
+
+
+def test_few_frames_from_the_call_to_the_implementation(monkeypatch):
+    """On one device, with `implementation=None`: a traceback that a person reads at once."""
+    frames = []
+
+    class Probe:
+        name = "probe"
+
+        def is_preferred(self, op, dtype, rows):
+            return True
+
+        def linear(self, x, arrays, bias, *, spec):
+            stack = traceback.extract_stack()
+            frames.extend(f.name for f in stack if "q4jax" in Path(f.filename).parts[-3:-1])
+            return jnp.zeros((x.shape[0], spec.shape[0]), x.dtype)
+
+    weight = quantize((24, 64))
+    monkeypatch.setitem(registry.AUTOMATIC, jax.default_backend(), (Probe(),))
+    jax.clear_caches()
+    q4jax.matmul_4bit(jnp.ones((2, 64)), weight)
+    jax.clear_caches()
+    assert frames[0] == "matmul_4bit"
+    assert len(frames) <= 8, frames
