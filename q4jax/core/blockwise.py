@@ -201,13 +201,23 @@ def take_rows(arrays: WeightArrays, ids: Array, spec: QuantSpec, dtype: DTypeLik
         scales = _scales_at(ids * blocks + jnp.arange(blocks), arrays)
         scales = jnp.repeat(scales, spec.blocksize, axis=-1)
     else:
-        element = ids * features + jnp.arange(features)
-        pair = arrays.packed[element // 2]
-        nibbles = jnp.where(element % 2 == 0, pair >> 4, pair & 15)
-        scales = _scales_at(element // spec.blocksize, arrays)
+        byte, odd = divide_position(ids, features, 2)
+        pair = arrays.packed[byte]
+        nibbles = jnp.where(odd == 0, pair >> 4, pair & 15)
+        scales = _scales_at(divide_position(ids, features, spec.blocksize)[0], arrays)
     return (jnp.asarray(codebooks.CODEBOOKS[spec.quant_type].values)[nibbles] * scales).astype(
         dtype
     )
+
+
+def divide_position(row: Array, columns: int, by: int) -> tuple[Array, Array]:
+    """Divide the row-major positions of all columns of a row; return quotients and remainders.
+
+    The positions of a large table exceed int32, which the quotients do not.
+    """
+    above, rest = row // by, row % by
+    position = rest * columns + jnp.arange(columns)
+    return above * columns + position // by, position % by
 
 
 def _scales_at(block: Array, arrays: WeightArrays) -> Array:

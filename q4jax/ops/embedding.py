@@ -46,9 +46,14 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
 def _take(weight: Params4bit, ids: Array, dtype: np.dtype[Any]) -> Array:
     spec = weight.quant_state.spec
     count = spec.shape[0]
-    ids = jnp.where(ids < 0, ids + count, ids)
+    # The ids' own dtype may be too small for the number of rows.
+    unsigned = jnp.issubdtype(ids.dtype, jnp.unsignedinteger)
+    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.uint32 if unsigned else jnp.int32))
+    if not unsigned:
+        ids = jnp.where(ids < 0, ids + count, ids)
     inside = (ids >= 0) & (ids < count)
-    (rows,) = run(TakeRows(spec, dtype), jnp.where(inside, ids, 0), weight.arrays)
+    own = jnp.where(inside, ids, 0).astype(jnp.int32)
+    (rows,) = run(TakeRows(spec, dtype), own, weight.arrays)
     return jnp.where(inside[..., None], rows, jnp.nan)
 
 
