@@ -39,6 +39,41 @@ def test_our_directory_there(case, tmp_path):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def dequantize_by_definition(packed, quant_state):
+    """The weight by bitsandbytes' own tables."""
+    import torch
+    from bitsandbytes import functional
+
+    codes = torch.stack([packed.ravel() >> 4, packed.ravel() & 15], 1).ravel().long()
+    absmax = quant_state.absmax
+    if quant_state.nested:
+        absmax = functional.dequantize_blockwise(absmax, quant_state.state2) + quant_state.offset
+    scales = absmax.repeat_interleave(quant_state.blocksize)[: codes.numel()]
+    return (quant_state.code[codes] * scales).reshape(quant_state.shape)
+
+
+def matmul_by_definition(x, packed, bias=None, quant_state=None):
+    """`bitsandbytes.matmul_4bit` on that weight."""
+    import torch
+
+    weight = dequantize_by_definition(packed, quant_state)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+@pytest.fixture
+def correct_matmul(monkeypatch):
+    """On a CPU with AVX-512, bitsandbytes 0.50.2 decodes rows that are not whole blocks wrongly."""
+    import bitsandbytes
+    import torch
+
+    w = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    decoded = bitsandbytes.functional.dequantize_4bit(packed, state)
+    if not torch.equal(decoded, dequantize_by_definition(packed, state)):
+        monkeypatch.setattr(bitsandbytes, "matmul_4bit", matmul_by_definition)
+
+
+@pytest.mark.usefixtures("correct_matmul")
 @pytest.mark.parametrize("case", CASES)
 def test_their_quantized_directory_here(case, tmp_path):
     """transformers keeps experts dense and quantizes every torch linear layer."""
