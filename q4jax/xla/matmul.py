@@ -90,20 +90,22 @@ def _tiled_rows(
 ) -> Array:
     """The product where rows are whole blocks.
 
-    A tile of the result is the sum over chunks of the contraction. There is one chunk, unless
-    operands are converted, where a chunk bounds the converted part of x too, or the result of
-    `transpose` is small, where adding to all of it is faster than tiles of a few columns.
+    A tile of the result is the sum over chunks of the contraction. There is one chunk, unless x
+    has 16 bits, where a chunk bounds the part of x that is converted or that XLA copies for a dot,
+    or the result of `transpose` is small, where adding to all of it is faster than tiles of a few
+    columns.
     """
     blocksize = spec.blocksize
     m, n, k = x.shape[0], packed.shape[0], packed.shape[1] * 2
     table_elements, table_upcast = choose("linear_transpose" if transpose else "linear", m, x.dtype)
     elements = elements or table_elements
     dot_dtype = jnp.float32 if (table_upcast if upcast is None else upcast) else x.dtype
+    converts = dot_dtype != x.dtype
     contraction, outputs = (n, k) if transpose else (k, n)
     if transpose and 2 * m * k <= elements:
         size, chunk = k, max(elements // k // 16 * 16, 16)
-    elif dot_dtype != x.dtype and m * contraction > elements:
-        chunk = max(elements // m, 16)
+    elif x.dtype.itemsize == 2 and m * contraction > (part := elements * (1 if converts else 4)):
+        chunk = max(part // m, 16)
         size = max(elements // chunk, 16)
     else:
         chunk = contraction
