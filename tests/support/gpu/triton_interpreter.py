@@ -4,6 +4,7 @@ Import it in a process of its own, with TRITON_INTERPRET=1 set before Triton is 
 then run on real memory. Every array lies between NaNs, which a load or store beside it meets.
 """
 
+import functools
 import re
 
 import jax
@@ -257,8 +258,5 @@ def mapped(case):
 
 def run(op, operands, static):
     """The results of an op of `implementation="triton"`."""
-    x, arrays, *bias = jax.tree.map(jnp.asarray, operands)
-    function = getattr(IMPLEMENTATIONS["triton"], op)
-    return _arrays(
-        jax.jit(lambda x, arrays, *bias: function(x, arrays, *bias, **static))(x, arrays, *bias)
-    )
+    function = functools.partial(getattr(IMPLEMENTATIONS["triton"], op), **static)
+    return _arrays(jax.jit(function)(*jax.tree.map(jnp.asarray, operands)))
