@@ -95,7 +95,26 @@ def native(session: nox.Session) -> None:
     areas = ("native", "contract", "golden", "ops", "nnx/test_linear", "linen/test_layers")
     folders = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
     chosen = [path for path in folders if any(area in path for area in areas)]
-    pytest(session, "-m", "not slow and not heavy", *sorted(chosen), Q4JAX_NATIVE="0")
+    # The simulated and the compiled forms for TPUs do not rest on them.
+    cpu = ("-m", "not slow and not heavy", "-k", "not tpu")
+    pytest(session, *cpu, *sorted(chosen), Q4JAX_NATIVE="0")
+
+
+@nox.session
+def switches(session: nox.Session) -> None:
+    """The functions, the layers and the models under JAX's strict promotion and 64-bit types."""
+    install(session, "-e", ".[test]")
+    strict = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    files = ("test_switches.py", "ops/test_embedding.py", "implementations/test_differential.py")
+    chosen = [str(ROOT / "tests" / file) for file in files]
+    pytest(session, "-m", "not slow and not heavy", *chosen, **strict, JAX_ENABLE_X64="1")
+    # Each part of a decoder is in one of these families.
+    families = "gemma4_text-gpt_oss-deepseek_v3-qwen3_next-bloom-apertus-llama4_text-phimoe"
+    logits = [
+        f"tests/models/decoder/test_architectures.py::test_logits_of_transformers[{family}]"
+        for family in families.split("-")
+    ]
+    pytest(session, *logits, **strict, JAX_ENABLE_X64="1")
 
 
 @nox.session(python=find_python(*NEWEST))
@@ -107,7 +126,7 @@ def newest(session: nox.Session) -> None:
 
 @nox.session(python=find_python("3.13", "3.12"))
 def aot(session: nox.Session) -> None:
-    """The machine code of the GPU kernels."""
+    """The machine code of the GPU kernels, and their PTX executed on this CPU."""
     install(session, "-e", ".[test,aot]")
     pytest(session, "--dist", "loadgroup", "-m", "", "tests/implementations/gpu")
 
@@ -131,7 +150,8 @@ def cross(session: nox.Session) -> None:
     if not version.endswith("+cpu") and os.uname().sysname == "Linux":
         session.skip(f"the package index has no CPU build of torch, but {version}")
     install(session, f"torch=={version}", "-e", ".[test,cross]")
-    pytest(session, "-m", "", "tests/cross")
+    # `-m heavy` has the several hundred classes of transformers that are not in the quick part.
+    pytest(session, "-m", "not heavy", "tests/cross")
 
 
 @nox.session(python=find_python("3.13", "3.12"))
@@ -139,6 +159,15 @@ def triton(session: nox.Session) -> None:
     """The Triton kernels, interpreted and compiled, with a jax that jax-triton works with."""
     install(session, "jax==0.11.2", "-e", ".[test,aot,triton]")
     pytest(session, "-m", "", "-k", "triton", "tests/implementations")
+
+
+@nox.session(python=find_python("3.13", "3.12"))
+def tpu(session: nox.Session) -> None:
+    """Programs for TPUs, compiled without one: that they compile, and how good they are."""
+    install(session, "-e", ".[test,tpu]")
+    # Or jax would look for a TPU to run on.
+    chosen = ("tests/implementations/tpu", "tests/implementations/mosaic/test_compile.py")
+    pytest(session, "-m", "", *chosen, JAX_PLATFORMS="cpu")
 
 
 @nox.session

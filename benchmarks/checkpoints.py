@@ -41,7 +41,7 @@ def write_full(folder, layers):
     import jax
     import ml_dtypes
 
-    from q4jax.interop.files import write_json
+    from q4jax.interop.files import encode_json
     from q4jax.interop.huggingface.directory import CONFIG, SINGLE
     from q4jax.interop.safetensors import write_file
 
@@ -70,7 +70,7 @@ def write_full(folder, layers):
     folder.mkdir()
     layouts = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     write_file(folder / SINGLE, Random(), layouts=layouts, metadata={"format": "pt"})
-    write_json(folder / CONFIG, c.to_hf() | {"dtype": "bfloat16"})
+    (folder / CONFIG).write_bytes(encode_json(c.to_hf() | {"dtype": "bfloat16"}, CONFIG))
     return max(layout.size * dtype.itemsize for layout in layouts.values())
 
 

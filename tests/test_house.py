@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "q4jax"
 # From the lowest floor up. A package imports lower floors only.
 FLOORS = [
-    ("core", "sharding"),
+    ("core", "sharding", "disk"),
     ("gpu",),
     ("xla", "pallas", "triton", "native"),
     ("ops",),
@@ -16,7 +16,9 @@ FLOORS = [
     ("nnx", "linen"),
     ("lora", "tree"),
     ("checkpoint", "interop"),
-    ("models", "cli"),
+    ("models",),
+    ("finetune",),
+    ("cli",),
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -92,11 +92,6 @@ def mapped_cases():
     return [Case(name, m=5 * (name[0] in "lt"), mapped=True) for name in OPERATIONS]
 
 
-def quick_cases():
-    """Every fourth, and the stacked ones."""
-    return list(dict.fromkeys([*all_cases()[::4], *mapped_cases()]))
-
-
 def dry_cases():
     """The fewest that pass through each kernel."""
     small = {"shape": (24, 128)}
@@ -104,9 +99,7 @@ def dry_cases():
     cases = [Case(name, m=3 * (name[0] in "lt"), **small) for name in OPERATIONS]
     return [
         *cases,
-        Case("quantize", **other),
         Case("linear", m=2, **other),
-        Case("linear", m=2, mapped=True, **small),
     ]
 
 

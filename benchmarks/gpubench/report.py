@@ -11,30 +11,29 @@ _COLUMNS = ("dense", "dequantize + dot", "xla", "triton", "cublas", "bitsandbyte
 def write(folder, results):
     """All of them, in `folder`; their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "table.md").write_text(table(results))
-    names = ["gpu.json", "table.md"]
-    if results.get("rows") and plot(folder / "gpu.png", results):
-        names.append("gpu.png")
+    step = results["step"]
+    (folder / f"{step}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{step}.md").write_text(table(results))
+    names = [f"{step}.json", f"{step}.md"]
+    if results.get("rows") and plot(folder / f"{step}.png", results):
+        names.append(f"{step}.png")
     return names
 
 
 def table(results):
-    """Checks, denominators, goals, then every row."""
+    """Versions, what the step found, and last what failed."""
     about = results["about"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    lines = [f"# {about['device']}", ""]
+    lines = [f"# {about['device']}: {results['step']}", ""]
     if results["dry_run"]:
         lines += [_LOUD, ""]
     lines += [f"{about['date']}, Python {about['python']}, {versions}.", ""]
-    for name, check in results["checks"].items():
+    for name, check in results.get("checks", {}).items():
         if "unavailable" in check:
             lines.append(f"- `{name}` is not available: {check['unavailable']}")
-            continue
-        failed = len(check["failures"])
-        lines.append(f"- `{name}`: {check['run']} checks, {failed} failed")
-        lines += [f"  - {f['case']}: {f['reason']}" for f in check["failures"]]
-    lines += [f"- timing: {f['case']}: {f['reason']}" for f in results.get("timing_failures", [])]
+        else:
+            lines.append(f"- `{name}`: {check['run']} checks, {len(check['failures'])} failed")
+    lines += [f"- {tool}: {_said(found)}" for tool, found in results.get("sanitizer", {}).items()]
     if "rates" in results:
         rates = results["rates"]
         copy, bf16 = rates["copy_bytes_per_second"] / 1e12, rates["bf16_flop_per_second"] / 1e12
@@ -42,6 +41,10 @@ def table(results):
         clock = results["clock"]
         why = f" ({clock['reason']})" if clock["reason"] else ""
         lines += [f"- clock: {clock['kind']}{why}"]
+    if "tiles" in results:
+        lines.append(f"- tiles: {results['tiles']}")
+    lines += [f"- {line}" for line in _tuned(results.get("tuning", []))]
+    lines += [f"- {name}: {value}" for name, value in results.get("counters", {}).items()]
     if results.get("summary"):
         lines += ["", *_goal_lines(results["summary"])]
     for operation in dict.fromkeys(row["operation"] for row in results.get("rows", [])):
@@ -49,7 +52,27 @@ def table(results):
     if results.get("dropped"):
         lines += ["", "Dropped for lack of time, the least important rows first:", ""]
         lines += [f"- {name}" for name in results["dropped"]]
+    failures = results["failures"]
+    lines += ["", f"**{len(failures)} failed**" if failures else "**Nothing failed.**"]
+    lines += [f"- FAILED {f['case']}: {f['reason']}" for f in failures]
     return "\n".join(lines) + "\n"
+
+
+def _said(found):
+    return found.get("summary") or found.get("error") or f"not available: {found['unavailable']}"
+
+
+def _tuned(record):
+    """A line for each row of the tile table, and for each crossover that was measured."""
+    for entry in record:
+        if "best" in entry:
+            best = entry["best"][0] if entry["best"] else ["nothing ran", ""]
+            yield f"{entry['row']}: {best[0]} us, {best[1]}; before {entry['before']} us"
+        elif "kernel is faster by" in entry:
+            ratio = entry["kernel is faster by"]
+            yield f"{entry['operation']} M = {entry['m']}: faster than decoding apart by {ratio}"
+        else:
+            yield "; ".join(f"{name}: {value}" for name, value in entry.items())
 
 
 def _goal_lines(summary):

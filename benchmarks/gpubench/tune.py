@@ -1,4 +1,4 @@
-"""Tries tiles, and writes the table `q4jax/pallas/tiles.json` anew.
+"""Tries tiles, and proposes a table like `q4jax/gpu/tiles.json`.
 
 For each operation, dtype class and row of the table a few tiles are timed at M within the row, and
 the fastest one that passes the check takes the row. After that come the crossovers: the largest M
@@ -19,7 +19,6 @@ from gpubench.goals import Row
 from q4jax.gpu import tiles
 
 TABLE = pathlib.Path(tiles.__file__).with_name("tiles.json")
-SHAPES = ((4096, 4096), (28672, 8192))
 CROSSOVER_MS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SHARED_MEMORY = 200_000
 
@@ -44,12 +43,24 @@ def grid(operation, dtype_class, last_m):
     return found
 
 
-def tune(bench, table, dtype_class, most=None):
-    """Puts the rows of a dtype class into the table; a record of what was tried."""
+def tune(bench, table, dtype_class, broken=(), most=None, first=None):
+    """Puts the rows of a dtype class into the table; a record of what was tried.
+
+    Args:
+      bench: the means.
+      table: as `tiles.json` has it; it is changed.
+      dtype_class: "16 bits" or "float32".
+      broken: operations that a check found wrong: these stay as they are.
+      most: candidates beside the present tile; None: all.
+      first: rows of each operation; None: all.
+    """
     record = []
     for operation in ("linear", "linear_transpose"):
+        if operation in broken:
+            record.append({"not tuned": f"{operation} {dtype_class}: it is wrong"})
+            continue
         first_m = 1
-        for row in table[operation][dtype_class]:
+        for row in table[operation][dtype_class][:first]:
             last_m, *sizes = row
             name = f"{operation} {dtype_class} M <= {last_m}"
             if bench.budget.spent():
@@ -57,7 +68,7 @@ def tune(bench, table, dtype_class, most=None):
                 continue
             ms = _sample(first_m, last_m)
             now = tiles.Tile(*sizes)
-            tried = list(dict.fromkeys([now, *grid(operation, dtype_class, last_m)]))[:most]
+            tried = list(dict.fromkeys([now, *grid(operation, dtype_class, last_m)[:most]]))
             ranked = _rank(bench, operation, dtype_class, ms, tried)
             failures = []
             for _, tile in ranked:
@@ -75,13 +86,15 @@ def tune(bench, table, dtype_class, most=None):
     return record
 
 
-def crossovers(bench, table, ms):
+def crossovers(bench, table, ms, broken=()):
     """Puts the crossovers for 16 bits into the table; a record of the ratios they follow from.
 
     Those for float32 stay as they are: there are no such products in full precision to lose to.
     """
     record = []
     for operation in ("linear", "linear_transpose"):
+        if operation in broken:
+            continue
         faster = []
         for m in ms:
             if bench.budget.spent():
@@ -108,8 +121,8 @@ def crossovers(bench, table, ms):
     return record
 
 
-def save(table, path=TABLE):
-    """Write the table as it is laid out: a tile a line."""
+def save(table, path):
+    """Write the table as it is laid out, a tile a line, and have products take it from now on."""
     lines = [f'  "{k}": {json.dumps(table[k])},' for k in ("programs", "steps", "verified")]
     crossings = [f'    "{k}": {json.dumps(v)}' for k, v in table["crossover"].items()]
     lines.append('  "crossover": {\n' + ",\n".join(crossings) + "\n  },")
@@ -122,14 +135,14 @@ def save(table, path=TABLE):
         operations.append(f'  "{operation}": {{\n' + ",\n".join(classes) + "\n  }")
     lines.append(",\n".join(operations))
     path.write_text("{\n" + "\n".join(lines) + "\n}\n")
-    tiles._table.cache_clear()
+    tiles.use_table(table)
 
 
 def _sample(first_m, last_m):
     """The M to measure at."""
     if first_m == 1:
         return (1, min(16, last_m))
-    return (last_m,) if last_m <= 128 else (max(first_m, 512),)
+    return (last_m,) if last_m <= 128 else (max(first_m, 256),)
 
 
 def _rank(bench, operation, dtype_class, ms, tried):
@@ -163,7 +176,7 @@ def _check(bench, operation, dtype_class, m, tile):
     m = min(m, 256)
     cases = [
         check.Case(operation, dtype=dtype, m=max(1, m - 3)),
-        check.Case(operation, dtype=dtype, shape=(1024, 2048), m=m),
+        check.Case(operation, dtype=dtype, shape=min((1024, 2048), bench.shapes[0]), m=m),
     ]
     jax.clear_caches()  # what was traced with another tile
     return check.run(bench.kernels, cases, bench.threads, tile)["failures"]

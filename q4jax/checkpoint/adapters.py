@@ -7,7 +7,7 @@ from flax import nnx
 
 from q4jax.lora.adapter import Adapter
 from q4jax.nnx.traverse import iter_modules
-from q4jax.tree.fingerprint import fingerprint
+from q4jax.tree.fingerprint import fingerprint, has_fingerprint
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -42,7 +42,7 @@ def adapter_state(model: nnx.Module, *, base: str | None = None) -> dict[str, An
       'LoRALinear4bit'
     """
     settings = {
-        path: [module.rank, module.alpha, module.rslora]
+        path: [module.rank, module.alpha, module.rslora, *([module.parts] if module.parts else [])]
         for path, module in iter_modules(model)
         if isinstance(module, Adapter)
     }
@@ -66,7 +66,11 @@ def with_adapters(model: M, tree: dict[str, Any]) -> M:
       ValueError: the tree belongs to a base with other 4-bit weights, or to adapters with other
         settings; both are named.
     """
-    mine = adapter_state(model)
+    base = fingerprint(model)
+    mine = adapter_state(model, base=base)
+    # 0.1 saved a fingerprint of another scheme.
+    if tree["base"] != base and has_fingerprint(model, tree["base"]):
+        mine["base"] = tree["base"]
     for key in ("base", "settings"):
         if tree[key] != mine[key]:
             raise ValueError(f"the adapters belong to {key} {tree[key]}, the model has {mine[key]}")

@@ -7,15 +7,15 @@ is read, and every array after.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from q4jax.checkpoint.adapters import adapter_state, with_adapters
+from q4jax.checkpoint.entries import one_line
+from q4jax.checkpoint.replacement import read_unmixed, replacing, resolve
 from q4jax.checkpoint.tree_io import ArrayTarget, ArrayTargets, rebuild, take_apart
 from q4jax.tree.check_sharding import check_sharding
 
@@ -23,9 +23,6 @@ __all__ = ["adapter_state", "restore", "restore_step", "save", "save_args", "wit
 
 # The two items of a checkpoint.
 ARRAYS, HEADER = "arrays", "q4jax"
-
-# Reads the items that are asked for from one checkpoint, wherever it is.
-_Read = Callable[[ocp.args.Composite], Any]
 
 
 def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
@@ -55,22 +52,23 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
       {'scale': Array([1., 1.], dtype=float32), 'step': 3,
        'w': Params4bit(uint8[2, 32], nf4_b64_n0_float32_2x64)}
     """
-    path = epath.Path(path).expanduser().absolute()
-    current = _current(path)
-    if current.exists() and not (force and (current / HEADER).exists()):
-        reason = "force=True replaces checkpoints of q4jax only" if force else "see force"
-        raise FileExistsError(f"path {current} exists already ({reason})")
-    args = save_args(tree)
-    staging = _sibling(path, "new") if path.exists() else path
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(staging, args=args, force=staging != path)
-    if jax.process_index() == 0:
-        _replace(path, staging)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"q4jax.checkpoint.save {path}")
+    path = resolve(path)
+
+    def check() -> None:
+        if path.exists() and not (force and (path / HEADER).exists()):
+            reason = "force=True replaces checkpoints of q4jax only" if force else "see force"
+            raise FileExistsError(f"path {path} exists already ({reason})")
+
+    with (
+        replacing(path, check) as new,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(new, args=save_args(tree))
 
 
-def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = True) -> Any:
+def restore(
+    path: str | epath.PathLike, target: Any = None, *, verify: bool = True, partial: bool = False
+) -> Any:
     """Read a checkpoint of `save` or `save_args`, and verify it.
 
     Args:
@@ -80,6 +78,8 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
         are (`sharding`), numpy arrays stay numpy. It is not changed. None: nested dicts and lists
         as saved, on the default device, with every `Params4bit` rebuilt.
       verify: compare the sha256 of every array with the one it had when it was saved.
+      partial: the target may leave out parts of the checkpoint, such as the optimizer; they are not
+        read, and each is named in the log ("q4jax", at level INFO).
 
     Returns:
       The target with the saved values: for a module, a new module of the same graph.
@@ -102,14 +102,15 @@ def restore(path: str | epath.PathLike, target: Any = None, *, verify: bool = Tr
       float32[2, 1] fp4_b64_n0_float32_2x64 in target, float32[2, 1] nf4_b64_n0_float32_2x64 in the
       checkpoint
     """
-    path = epath.Path(path).expanduser().absolute()
-    current = _current(path)
-    if not current.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}{_unfinished(path)}")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return _restore(
-            lambda args: checkpointer.restore(current, args=args), str(current), target, verify
-        )
+
+        def read(current: epath.Path) -> Any:
+            source = _Source(
+                lambda args: checkpointer.restore(current, args=args), str(current), current
+            )
+            return _restore(source, target, verify, partial)
+
+        return read_unmixed(resolve(path), read)
 
 
 def save_args(tree: Any) -> ocp.args.Composite:
@@ -143,6 +144,7 @@ def restore_step(
     target: Any = None,
     *,
     verify: bool = True,
+    partial: bool = False,
 ) -> Any:
     """Restore from a `CheckpointManager` that saved with `save_args`; None takes the latest step.
 
@@ -153,64 +155,78 @@ def restore_step(
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise FileNotFoundError(f"no step {step} in {manager.directory}")
-    where = f"step {step} of {manager.directory}"
-    return _restore(lambda args: manager.restore(step, args=args), where, target, verify)
+    source = _Source(
+        lambda args: manager.restore(step, args=args),
+        f"step {step} of {manager.directory}",
+        epath.Path(manager.directory) / str(step),
+    )
+    return _restore(source, target, verify, partial)
 
 
-def _restore(read: _Read, where: str, target: Any, verify: bool) -> Any:
+class _Source(NamedTuple):
+    """Where a checkpoint is read from: by a function, with its name for errors and its folder."""
+
+    read: Callable[[ocp.args.Composite], Any]
+    where: str
+    folder: epath.Path
+
+
+def _restore(source: _Source, target: Any, verify: bool, partial: bool) -> Any:
     if target is not None:
         check_sharding(target)
 
     def read_arrays(targets: ArrayTargets) -> dict[str, Any]:
         wanted = {name: _restore_args(target) for name, target in targets.items()}
-        request = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=wanted)
-        arrays: dict[str, Any] = read(ocp.args.Composite(**{ARRAYS: request}))[ARRAYS]
-        return arrays
+        request = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=partial
+        )
+        arguments = ocp.args.Composite(**{ARRAYS: request})
+        return read_sized(source.folder / ARRAYS, targets, lambda: source.read(arguments)[ARRAYS])
 
-    return rebuild(_read_header(read, where), read_arrays, where, target, verify)
+    return rebuild(_read_header(source), read_arrays, source.where, target, verify, partial)
 
 
 def _restore_args(wanted: ArrayTarget) -> ocp.RestoreArgs:
     """Return Orbax's arguments for an array, without a dtype, to which Orbax would cast."""
     if isinstance(wanted, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=wanted.sharding)
+    # With the shape, Orbax refuses an array of another one before it allocates it.
+    return ocp.ArrayRestoreArgs(sharding=wanted.sharding, global_shape=wanted.shape)
 
 
-def _read_header(read: _Read, where: str) -> Any:
+def read_sized(
+    folder: epath.Path, targets: ArrayTargets, read: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Read arrays; ValueError, with a name, if one has another shape in its file than its target.
+
+    Orbax allocates an array that goes to numpy as large as its file says, so these files are looked
+    up before. For the others it refuses another shape, but does not name the array.
+    """
+    in_numpy: ArrayTargets = {n: t for n, t in targets.items() if isinstance(t, np.ndarray)}
+    _check_shapes(folder, in_numpy)
     try:
-        return read(ocp.args.Composite(**{HEADER: ocp.args.JsonRestore()}))[HEADER]
+        return read()
+    except Exception:  # Orbax raises a plain one
+        _check_shapes(folder, targets)
+        raise
+
+
+def _check_shapes(folder: epath.Path, targets: ArrayTargets) -> None:
+    if not targets or not folder.exists():
+        return
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    for name, target in targets.items():
+        shape = tuple(stored[name].shape)
+        if shape != target.shape:
+            raise ValueError(f"{name} has shape {shape} in its file, not {target.shape}")
+
+
+def _read_header(source: _Source) -> Any:
+    try:
+        return source.read(ocp.args.Composite(**{HEADER: ocp.args.JsonRestore()}))[HEADER]
     except (KeyError, FileNotFoundError):
-        raise ValueError(f"{where} is not a checkpoint of q4jax: no item {HEADER!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is corrupted or incomplete: {error}") from None
-
-
-def _current(path: epath.Path) -> epath.Path:
-    """Return the checkpoint's path, a sibling of `path` if a replacement was interrupted."""
-    new = _sibling(path, "new")
-    return new if new.exists() and not path.exists() else path
-
-
-def _unfinished(path: epath.Path) -> str:
-    """Return a text for an error about what an interrupted first save left beside `path`."""
-    siblings = path.parent.iterdir() if path.parent.exists() else ()
-    left = [p.name for p in siblings if p.name.startswith(f"{path.name}.orbax-checkpoint-tmp")]
-    return f"; an interrupted save left {', '.join(sorted(left))}" if left else ""
-
-
-def _sibling(path: epath.Path, name: str) -> epath.Path:
-    return path.with_name(f"{path.name}.q4jax-{name}")
-
-
-def _replace(path: epath.Path, staging: epath.Path) -> None:
-    """Move the complete checkpoint `staging` to `path`; at any moment one of both exists."""
-    old = _sibling(path, "old")
-    if staging != path:
-        if old.exists():
-            old.rmtree()
-        path.rename(old)
-        staging.rename(path)
-    for leftover in (old, _sibling(path, "new")):
-        if leftover.exists():
-            leftover.rmtree()
+        raise ValueError(
+            f"{source.where} is not a checkpoint of q4jax: no item {HEADER!r}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source.where} is corrupted or incomplete: {one_line(error)}") from None

@@ -1,6 +1,5 @@
 """Turn a tree into named arrays and a manifest, and back."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from q4jax.checkpoint import manifest
+from q4jax.checkpoint.entries import Entry, array_of, one_line
 from q4jax.tree.leaves import (
     Leaves,
     Path,
@@ -47,27 +47,31 @@ def rebuild(
     where: str,
     target: Any,
     verify: bool,
+    partial: bool,
 ) -> Any:
     """Read the manifest, compare the target, read and verify the arrays, and rebuild the tree.
 
     Args:
       signed: the header, as it was read.
-      read_arrays: reads all arrays, given where each goes.
+      read_arrays: reads the arrays of these names, given where each goes.
       where: what errors call the checkpoint.
       target: the tree to fill, or None: nested dicts and lists.
       verify: compare the sha256 of every array.
+      partial: whether the target may leave out parts of the checkpoint.
     """
+    if partial and target is None:
+        raise ValueError("partial=True needs a target, which says what to restore; got None")
     entries = manifest.read(signed, where)
     wanted: dict[str, Any] = {}
     if target is not None:
         found = leaves(target)
-        manifest.compare(entries, found)
+        entries = manifest.compare(entries, found, partial, where)
         wanted = {name_of(path): leaf for path, leaf in found.items()}
     stored = {name_of(path): path for path, entry in entries.items() if "data" in entry}
     targets = {
         name: _array_target(name, entries[at], wanted.get(name)) for name, at in stored.items()
     }
-    read = read_arrays(targets)
+    read = _read(read_arrays, targets, where) if targets else {}
     arrays: Leaves = {path: read[name] for name, path in stored.items()}
     for path, array in arrays.items():
         manifest.check(path, array, entries[path], verify, where)
@@ -82,9 +86,28 @@ def rebuild(
     return nest({p: x for p, x in values.items() if not in_weight(p, weights)} | weights)
 
 
-def _array_target(name: str, entry: manifest.Entry, wanted: Any) -> ArrayTarget:
-    dtype, _, axes = entry["data"].partition("[")
-    shape = tuple(json.loads(f"[{axes}"))
+def _read(
+    read_arrays: Callable[[ArrayTargets], dict[str, Any]], targets: ArrayTargets, where: str
+) -> dict[str, Any]:
+    """Read arrays; ValueError if the files that hold them are not those that were written."""
+    try:
+        read = read_arrays(targets)
+        missing = sorted(targets.keys() - read.keys())
+        if missing:
+            raise ValueError(f"there is no {missing[0]}")
+    # Orbax and TensorStore raise a plain Exception, KeyError, ValueError and more for such files.
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where} is corrupted or incomplete: its arrays cannot be read: {one_line(error)}"
+        ) from None
+    return read
+
+
+def _array_target(name: str, entry: Entry, wanted: Any) -> ArrayTarget:
+    stored = array_of(entry["data"])
+    dtype, shape = stored.dtype, stored.shape
     if isinstance(wanted, np.ndarray | np.generic) or (wanted is None and entry["kind"] == "numpy"):
         return np.broadcast_to(np.zeros((), dtype), shape)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -97,7 +120,7 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype")
 
 
-def _value(entry: manifest.Entry, array: Any, wanted: Any) -> Any:
+def _value(entry: Entry, array: Any, wanted: Any) -> Any:
     if entry["kind"] == "key":
         key = jax.random.wrap_key_data(array, impl=entry["impl"])
         return jax.device_put(key, getattr(wanted, "sharding", None))

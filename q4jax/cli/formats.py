@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,24 @@ import numpy as np
 from q4jax import checkpoint
 from q4jax.cli.table import Row
 from q4jax.convert.config import QuantConfig
+from q4jax.convert.rules import compiled
 from q4jax.interop import bitsandbytes, huggingface, peft
 from q4jax.interop.bitsandbytes.tensors import read_spec
 from q4jax.interop.bitsandbytes.weight_keys import group_keys
 from q4jax.interop.huggingface.checkpoint import Checkpoint
+from q4jax.interop.huggingface.tokenizer import TOKENIZER_FILES
 from q4jax.interop.safetensors.reader import TensorFile
+from q4jax.interop.safetensors.writer import write_file
 from q4jax.interop.tree import flatten
 from q4jax.ops.params import Params4bit
-from q4jax.tree.fingerprint import fingerprint
+from q4jax.tree import fingerprint
 
 WRITTEN = ("huggingface", "orbax", "bitsandbytes")
 # Files of a Hugging Face directory that are copied too.
-_EXTRA_FILES = (
-    *("generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
-    *("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    "chat_template.jinja",
+_EXTRA_FILES = ("generation_config.json", *TOKENIZER_FILES)
+_TO_MODEL = (
+    "restore it into its model, and write that with q4jax.models.save_pretrained, after "
+    "q4jax.merge_lora if it has adapters; python -m q4jax merge does so for a run of finetune"
 )
 
 
@@ -106,17 +111,29 @@ def _row(name: str, leaf: Any) -> Row:
     return Row(name, type(leaf).__name__, (), 0)
 
 
+def _is_tensor(leaf: Any) -> bool:
+    """Return whether a leaf is a weight or an array, and no Python scalar or PRNG key."""
+    return isinstance(leaf, Params4bit) or (hasattr(leaf, "dtype") and not _is_key(leaf))
+
+
 def _is_key(leaf: Any) -> bool:
     return bool(jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
-def load(source: str, config: QuantConfig | None = None, progress: bool | None = None) -> Loaded:
+def load(
+    source: str,
+    config: QuantConfig | None = None,
+    progress: bool | None = None,
+    modules: str | None = None,
+) -> Loaded:
     """Load and verify a complete checkpoint.
 
     Args:
       source: path of the checkpoint.
       config: how to quantize a Hugging Face directory in full precision; None: not at all.
       progress: whether to draw a progress bar; None: only if stderr is a terminal.
+      modules: a regular expression for the whole paths of the modules to quantize; None: those that
+        transformers would quantize.
     """
     path = Path(source)
     file_format = detect_format(path)
@@ -131,7 +148,8 @@ def load(source: str, config: QuantConfig | None = None, progress: bool | None =
         }
         return Loaded(file_format, halves)
     if file_format == "huggingface":
-        tree = huggingface.load_directory(path, config, progress=progress)
+        select = None if modules is None else _matching(modules)
+        tree = huggingface.load_directory(path, config, select=select, progress=progress)
         files = [path / name for name in _EXTRA_FILES]
         extra_files = {file.name: file.read_bytes() for file in files if file.is_file()}
         return Loaded(file_format, dict(tree), Checkpoint(path).config, extra_files)
@@ -141,27 +159,53 @@ def load(source: str, config: QuantConfig | None = None, progress: bool | None =
     return Loaded(file_format, flatten(tree))
 
 
+def _matching(modules: str) -> Callable[[str, tuple[int, ...]], bool]:
+    pattern = compiled(modules)
+
+    def select(name: str, shape: tuple[int, ...]) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return leaf == "weight" and len(shape) >= 2 and pattern.fullmatch(module) is not None
+
+    return select
+
+
 def write(loaded: Loaded, target: str, file_format: str, quant_storage: str) -> None:
     """Write a checkpoint in one of the `WRITTEN` formats.
 
     Raises:
       FileExistsError: the target exists.
+      NotImplementedError: the source holds what the format does not, such as a PRNG key.
       ValueError: the target is a Hugging Face directory and the source has no config.
     """
     path = Path(target)
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already")
     if loaded.format == "peft":
         raise NotImplementedError("adapters are not converted: peft.load_adapters, save_adapters")
+    for name, leaf in loaded.tree.items():
+        if file_format != "orbax" and not _is_tensor(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise NotImplementedError(
+                f"{name} is of type {kind}, which {file_format} files do not hold: {_TO_MODEL}"
+            )
+        offset = leaf.quant_state.offset if isinstance(leaf, Params4bit) else None
+        if file_format != "orbax" and offset is not None and offset.ndim:
+            raise NotImplementedError(
+                f"{name} is a stack of layers, which {file_format} files do not hold: {_TO_MODEL}"
+            )
     if file_format == "bitsandbytes":
-        return bitsandbytes.save_file(loaded.tree, path, quant_storage, metadata={"format": "pt"})
+        tensors = bitsandbytes.to_state_dict(loaded.tree, quant_storage)
+        return write_file(path, tensors, metadata={"format": "pt"}, replace=False)
     if file_format == "huggingface":
         if loaded.config is None:
-            raise ValueError(f"the source has no config.json, which {path} would need")
-        huggingface.save_directory(loaded.tree, path, loaded.config, quant_storage)
-        for name, content in loaded.extra_files.items():
-            (path / name).write_bytes(content)
-        return None
+            raise ValueError(
+                f"the source has no config.json, which {path} would need: pass --config, or for a "
+                f"checkpoint of a model, {_TO_MODEL}"
+            )
+        files = loaded.extra_files
+        return huggingface.save_directory(
+            loaded.tree, path, loaded.config, quant_storage, files=files
+        )
     tree: dict[str, Any] = {"weights": loaded.tree}
     if loaded.config is not None:
         tree["config.json"] = json.dumps(loaded.config)
@@ -170,5 +214,13 @@ def write(loaded: Loaded, target: str, file_format: str, quant_storage: str) -> 
 
 def fingerprint_of(loaded: Loaded) -> str:
     """Return the fingerprint of the 4-bit weights, or "none" if there are none."""
-    quantized = any(isinstance(leaf, Params4bit) for leaf in loaded.tree.values())
-    return fingerprint(loaded.tree) if quantized else "none"
+    return fingerprint.fingerprint(loaded.tree) if _is_quantized(loaded) else "none"
+
+
+def has_fingerprint(loaded: Loaded, expected: str) -> bool:
+    """Return whether this fingerprint, of any release, is that of the 4-bit weights."""
+    return _is_quantized(loaded) and fingerprint.has_fingerprint(loaded.tree, expected)
+
+
+def _is_quantized(loaded: Loaded) -> bool:
+    return any(isinstance(leaf, Params4bit) for leaf in loaded.tree.values())

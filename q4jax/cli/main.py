@@ -1,4 +1,4 @@
-"""The commands of `python -m q4jax`: inspect, verify and convert checkpoints.
+"""The commands of `python -m q4jax`: work on checkpoints, fine-tune models, and use them.
 
 Exit codes: 0 success; 1 the checkpoint is damaged or does not fit (ValueError); 2 wrong command
 line; 3 a file is missing or cannot be written; 4 the checkpoint format is not supported.
@@ -10,14 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from q4jax.cli import formats
+from q4jax.cli import estimate, formats, merge, text
+from q4jax.cli import finetune as finetune_command
+from q4jax.cli.options import Parser
 from q4jax.cli.table import table
-from q4jax.convert.config import QuantConfig
+from q4jax.convert.config import HEAD, QuantConfig
 from q4jax.core.codebooks import BLOCKSIZES, CODEBOOKS
+from q4jax.finetune.settings import SettingsError
 from q4jax.interop.bitsandbytes.tensors import CONTAINERS
 from q4jax.interop.files import read_json
 
-DAMAGED, MISSING, UNSUPPORTED = 1, 3, 4
+DAMAGED, USAGE, MISSING, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SettingsError as error:
+        return _fail(error, USAGE)
     except NotImplementedError as error:
         return _fail(error, UNSUPPORTED)
     except OSError as error:
@@ -50,10 +57,11 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m q4jax",
         description="Inspect, verify and convert checkpoints: Hugging Face directories, "
-        "bitsandbytes' safetensors files, Orbax checkpoints of q4jax, PEFT adapters.",
+        "bitsandbytes' safetensors files, Orbax checkpoints of q4jax, PEFT adapters. Fine-tune "
+        "language models, and use them.",
         epilog="exit codes: 0 done, 1 the checkpoint is damaged or does not fit, 2 wrong command "
         "line, 3 a file is missing or cannot be written, 4 not supported",
     )
@@ -75,13 +83,45 @@ def _parser() -> argparse.ArgumentParser:
         "--to", choices=formats.WRITTEN, required=True, help="format of the target"
     )
     convert.add_argument("--quantize", choices=tuple(CODEBOOKS), help="quantize linear layers")
+    convert.add_argument(
+        "--modules",
+        metavar="REGEX",
+        help="the layers to quantize, by their whole paths (what transformers would quantize)",
+    )
     convert.add_argument("--blocksize", type=int, choices=BLOCKSIZES, default=64)
     convert.add_argument("--plain", action="store_true", help="no double quantization")
-    convert.add_argument("--skip", action="append", help="a layer to keep dense (lm_head)")
+    convert.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="keep these modules dense, beside lm_head: a name, a path or a regular expression",
+    )
+    convert.add_argument("--quantize-head", action="store_true", help="quantize lm_head too")
     convert.add_argument("--quant-storage", choices=CONTAINERS, default="uint8")
     convert.add_argument("--config", help="config.json for a Hugging Face directory")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
     convert.set_defaults(run=_convert)
+
+    tune = commands.add_parser(
+        "finetune",
+        help="train a language model's adapters (QLoRA)",
+        description=finetune_command.DESCRIPTION,
+    )
+    finetune_command.add_options(tune).set_defaults(run=finetune_command.main)
+
+    text.add_generate(commands.add_parser("generate", help="continue a prompt"))
+    text.add_chat(commands.add_parser("chat", help="talk to a model", description=text.CHAT))
+    merge.add_options(
+        commands.add_parser(
+            "merge", help="write a model with its adapter merged", description=merge.DESCRIPTION
+        )
+    )
+    estimate.add_options(
+        commands.add_parser(
+            "estimate", help="print the memory of a model", description=estimate.DESCRIPTION
+        )
+    )
     return parser
 
 
@@ -92,21 +132,26 @@ def _inspect(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     checked = formats.load(options.path)
     digest = formats.fingerprint_of(checked)
-    if options.fingerprint and options.fingerprint != digest:
+    if options.fingerprint and not formats.has_fingerprint(checked, options.fingerprint):
         raise ValueError(f"{options.path} has fingerprint {digest}, not {options.fingerprint}")
-    print(f"{options.path}: {checked.format}, {len(checked.tree)} tensors, fingerprint {digest}")
+    print(
+        f"ok: {options.path}, {checked.format}, {len(checked.tree)} tensors, fingerprint {digest}"
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:
     config = None
+    if options.modules is not None and not options.quantize:
+        raise ValueError(f"--modules {options.modules!r} needs --quantize")
     if options.quantize:
         config = QuantConfig(
             quant_type=options.quantize,
             blocksize=options.blocksize,
             compress_statistics=not options.plain,
-            skip=tuple(options.skip or ("lm_head",)),
+            skip=(*(() if options.quantize_head else (HEAD,)), *options.skip),
         )
-    loaded = formats.load(options.source, config, progress=False if options.quiet else None)
+    progress = False if options.quiet else None
+    loaded = formats.load(options.source, config, progress, options.modules)
     if options.config:
         loaded = dataclasses.replace(loaded, config=read_json(Path(options.config)))
     formats.write(loaded, options.target, options.to, options.quant_storage)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from q4jax.convert.rules import EVERY, QuantRule, Rules
+from q4jax.core.html import html_table
 
 _logger = logging.getLogger("q4jax")
 
@@ -48,9 +49,13 @@ class Decision:
     unsupported: bool = False
     rule: QuantRule | None = None
 
+    @property
+    def verdict(self) -> str:
+        """What happens to the layer, with the reason where it is kept."""
+        return "quantized" if self.quantize else f"kept: {self.reason}"
+
     def __str__(self) -> str:
-        verdict = "quantized" if self.quantize else f"kept: {self.reason}"
-        return f"{self.path or '(root)'} ({self.layer}): {verdict}"
+        return f"{self.path or '(root)'} ({self.layer}): {self.verdict}"
 
 
 class Plan(list[Decision]):
@@ -68,6 +73,10 @@ class Plan(list[Decision]):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        rows = [(d.path or "(root)", d.layer, d.verdict) for d in self]
+        return html_table(("path", "layer", "verdict"), rows)
 
 
 def make_decision(path: str, layer: str, conversion: Conversion, rules: Rules) -> Decision:

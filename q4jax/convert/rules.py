@@ -2,17 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.typing import DTypeLike
 
-from q4jax.convert.config import QuantConfig
+from q4jax.convert.config import QuantConfig, list_paths
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
 
 EVERY = ".*"
 
 
+@name_ours
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
     r"""What happens to the layers whose complete path a regular expression matches.
@@ -94,9 +96,25 @@ def compiled(pattern: Any) -> "re.Pattern[str]":
 
 
 class Rules:
-    """A `QuantConfig` or a list of `QuantRule`s, applied path by path."""
+    """A `QuantConfig` or a list of `QuantRule`s, applied path by path.
 
-    def __init__(self, config: Config, overrides: dict[str, Any]):
+    Args:
+      config: the configuration; None: the default one.
+      overrides: fields that replace those of the configuration.
+      aliases: for a path, the other names of each matrix that is stacked there, such as that of its
+        module in a checkpoint.
+
+    Raises:
+      TypeError: `config` is something else, or `overrides` has a field beside rules.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        overrides: dict[str, Any],
+        aliases: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    ):
+        self._aliases = aliases or {}
         self._config: QuantConfig | None = None
         if config is None or isinstance(config, QuantConfig):
             self._config = dataclasses.replace(config or QuantConfig(), **overrides)
@@ -112,18 +130,53 @@ class Rules:
         self.rules = tuple(rules)
 
     def choose(self, path: str) -> tuple[QuantRule | None, str]:
-        """Return the rule for the layer at a path; or None, and the reason why it is kept."""
-        entry = None if self._config is None else self._config.skips(path.replace("/", "."))
+        """Return the rule for the layer at a path; or None, and the reason why it is kept.
+
+        Raises:
+          ValueError: matrices that are stacked at the path have different rules.
+        """
+        found = self.choose_each(path)
+        rule, reason = found[0]
+        other = next((i for i, (own, _) in enumerate(found) if own != rule), None)
+        if other is not None:
+            names = self._aliases[path]
+            raise ValueError(
+                f"{names[0][0]} and {names[other][0]} have different rules, but their layers are "
+                f"stacked in {path}: quantize all of them alike"
+            )
+        return rule, reason
+
+    def choose_each(self, path: str) -> list[tuple[QuantRule | None, str]]:
+        """Return what `choose` does for each matrix that is stacked at the path."""
+        names = self._aliases.get(path) or [()]
+        return [self._choose((path.replace("/", "."), path, *own)) for own in names]
+
+    def _choose(self, names: Sequence[str]) -> tuple[QuantRule | None, str]:
+        skips = self._config.skips if self._config is not None else lambda name: None
+        entry = next((entry for name in names if (entry := skips(name)) is not None), None)
         if entry is not None:
             return None, f"skip has {entry!r}"
-        rule = next((rule for rule in self.rules if rule.matches(path)), None)
+        matching = (rule for rule in self.rules if any(rule.matches(name) for name in names))
+        rule = next(matching, None)
         if rule is None:
             return None, "no rule matches it"
         return (None, f"rule {rule.pattern!r} skips it") if rule.skip else (rule, "")
 
-    def require_matches(self, paths: Iterable[str]) -> None:
-        """Raise ValueError where a rule matches no layer of a model."""
-        require_matches([rule.pattern for rule in self.rules if rule.pattern != EVERY], paths)
+    def require_matches(self, layers: Iterable[str], modules: Iterable[str]) -> None:
+        """Raise ValueError where a rule matches no layer, or a skip list's entry keeps nothing.
+
+        Args:
+          layers: paths of the layers that rules are compared with.
+          modules: paths of the modules that hold parameters.
+        """
+        layers = [*layers]
+        known = [name for path in layers for own in self._aliases.get(path, ()) for name in own]
+        patterns = [rule.pattern for rule in self.rules if rule.pattern != EVERY]
+        require_matches(patterns, [*layers, *known])
+        if self._config is not None:
+            paths = [path.replace("/", ".") for path in modules]
+            names = [name for each in self._aliases.values() for own in each for name in own]
+            self._config.require_skips([*names, *paths])
 
 
 def require_matches(patterns: Iterable[str], paths: Iterable[str]) -> None:
@@ -131,9 +184,7 @@ def require_matches(patterns: Iterable[str], paths: Iterable[str]) -> None:
     found = list(paths)
     idle = [p for p in patterns if not any(compiled(p).fullmatch(path) for path in found)]
     if idle:
-        shown = ", ".join(path or "(root)" for path in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise ValueError(
             f"no layer matches {', '.join(map(repr, idle))}; a pattern is compared with the whole "
-            f"path (for a name alone: '.*name'), and the layers are: {shown or 'none'}{more}"
+            f"path (for a name alone: '.*name'), and the layers are: {list_paths(found)}"
         )

@@ -4,18 +4,23 @@ import json
 import math
 from typing import Any
 
-import jax
+import ml_dtypes
 import numpy as np
 from jax import Array
 
 from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 
+_MAX_FLOAT32 = np.finfo(np.float32).max
 _STATE_KEY = "quant_state.bitsandbytes__"
 _SCALARS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_SCALARS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _ARRAYS = ("absmax", "quant_map")
 _NESTED_ARRAYS = ("nested_absmax", "nested_quant_map")
+# bitsandbytes writes the table of the codes in torch's default dtype, and decodes without it.
+_TABLE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_NESTED_TABLE_DTYPES = ("float32", "float64")
+_TABLE_ULPS = 4
 
 
 def write(
@@ -49,8 +54,11 @@ def write(
     return arrays | {_STATE_KEY + spec.quant_type: np.frombuffer(text, np.uint8).copy()}
 
 
-def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpec]:
-    """Read absmax, nested_absmax, offset and spec from a dict; ValueError names a wrong entry."""
+def read(d: dict[str, Any]) -> tuple[Any, Any, Any, QuantSpec]:
+    """Read absmax, nested_absmax, offset and spec from a dict; ValueError names a wrong entry.
+
+    The first three are NumPy arrays, which may share memory with those of the dict, or None.
+    """
     items = _unpacked(d)
     plain, nested = {*_SCALARS, *_ARRAYS}, {*_NESTED_SCALARS, *_NESTED_ARRAYS}
     unknown = sorted(items.keys() - plain - nested)
@@ -65,12 +73,13 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
     blocksize = _integer("blocksize", items["blocksize"])
     shape = tuple(_integer("shape", n) for n in _sequence("shape", items["shape"]))
     spec = QuantSpec.from_shape(shape, str(items["dtype"]), quant_type, blocksize, is_nested)
-    _check_table("quant_map", items["quant_map"], codebooks.CODEBOOKS[quant_type].values)
-    codes = np.asarray(items["absmax"])
+    table = codebooks.CODEBOOKS[quant_type].values
+    _check_table("quant_map", items["quant_map"], table, _TABLE_DTYPES)
+    codes = as_numpy("absmax", items["absmax"])
     lead = shape[: len(shape) - len(spec.shape)]
     blocks = math.prod(lead) * math.prod(spec.absmax_shape)
     _check_flat("absmax", codes, np.uint8 if is_nested else np.float32, blocks, spec)
-    absmax = _on_device(codes.reshape(*lead, *spec.absmax_shape))
+    absmax = codes.reshape(*lead, *spec.absmax_shape)
     if not is_nested:
         return absmax, None, None, spec
 
@@ -81,22 +90,22 @@ def read(d: dict[str, Any]) -> tuple[Array, Array | None, Array | None, QuantSpe
         )
     if items["nested_dtype"] != "float32":
         raise ValueError(f"nested_dtype must be 'float32', got {items['nested_dtype']!r}")
-    _check_table("nested_quant_map", items["nested_quant_map"], codebooks.DYNAMIC_MAP)
-    nested_absmax = np.asarray(items["nested_absmax"])
+    # bitsandbytes decodes scales by the file's table: one of 16 bits gives other scales.
+    nested_table = items["nested_quant_map"]
+    _check_table("nested_quant_map", nested_table, codebooks.DYNAMIC_MAP, _NESTED_TABLE_DTYPES)
+    nested_absmax = as_numpy("nested_absmax", items["nested_absmax"])
     nested_blocks = -(-blocks // codebooks.NESTED_BLOCKSIZE)
     _check_flat("nested_absmax", nested_absmax, np.float32, nested_blocks, spec)
     offset = _float("nested_offset", items["nested_offset"])
-    return absmax, _on_device(nested_absmax.reshape(-1)), _on_device(np.float32(offset)), spec
-
-
-def _on_device(array: Any) -> Array:
-    """Copy to a JAX array; `jnp.asarray` would compile a program for each new shape."""
-    return jax.device_put(np.array(array))
+    return absmax, nested_absmax.reshape(-1), np.asarray(offset, np.float32), spec
 
 
 def _unpacked(d: dict[str, Any]) -> dict[str, Any]:
     """Strip the keys' prefix and merge the JSON; ValueError where two keys become one."""
     items: dict[str, Any] = {}
+    for key in d:
+        if not isinstance(key, str):
+            raise ValueError(f"keys of a quant state must be str, got {key!r}")
 
     def put(name: str, value: Any) -> None:
         if name in items:
@@ -119,12 +128,12 @@ def _unpacked(d: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(key: str, array: Any) -> dict[str, Any]:
-    array = np.asarray(array)
+    array = as_numpy(key, array)
     if array.dtype != np.uint8 or array.ndim != 1:
         raise ValueError(f"{key} must be uint8 [n] of JSON, got {array.dtype}{list(array.shape)}")
     try:
         scalars = json.loads(array.tobytes().decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise ValueError(f"{key} does not hold JSON: {error}") from None
     if not isinstance(scalars, dict):
         raise ValueError(f"{key} must hold a JSON object, got {type(scalars).__name__}")
@@ -144,8 +153,10 @@ def _sequence(name: str, value: Any) -> list[Any]:
 
 
 def _float(name: str, value: Any) -> float:
-    array = np.asarray(value)
-    if array.ndim or array.dtype.kind not in "fiu" or not np.isfinite(array):
+    array = as_numpy(name, value)
+    # A NaN fails the comparison too.
+    finite = array.dtype.kind in "fiu" and not array.ndim and abs(array) <= _MAX_FLOAT32
+    if not finite:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(array)
 
@@ -158,7 +169,27 @@ def _check_flat(name: str, array: np.ndarray, dtype: Any, size: int, spec: Quant
         )
 
 
-def _check_table(name: str, value: Any, standard: np.ndarray) -> None:
-    table = np.asarray(value)
-    if table.dtype != np.float32 or not np.array_equal(table, standard):
-        raise ValueError(f"{name} is not the standard table of float32{list(standard.shape)}")
+def _check_table(name: str, value: Any, standard: np.ndarray, dtypes: tuple[str, ...]) -> None:
+    """Raise ValueError unless a table is the standard one, rounded to one of these dtypes."""
+    table = as_numpy(name, value)
+    if table.dtype.name not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(dtypes)}, got {table.dtype}")
+    ulp = float(ml_dtypes.finfo(table.dtype).eps) * np.abs(standard.astype(np.float64))
+    wrong = table.shape != standard.shape or not np.all(
+        np.abs(table.astype(np.float64) - standard) <= _TABLE_ULPS * ulp
+    )
+    if wrong:
+        raise ValueError(f"{name} is not the standard table of {list(standard.shape)} values")
+
+
+def as_numpy(name: str, value: Any) -> np.ndarray:
+    """Return an array of numbers; ValueError names it where NumPy cannot hold it as it is."""
+    try:
+        array = np.asarray(value)
+    # What numpy() of other packages raises: for a dtype, a device, a tensor that requires grad.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be read as a NumPy array: {reason}") from None
+    if array.dtype.hasobject:
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}")
+    return array

@@ -38,6 +38,10 @@ def check_blocksize(value: Any) -> None:
         raise ValueError(f"invalid blocksize {value!r}; allowed: {list(BLOCKSIZES)}")
 
 
+# Positions in an array are int32, unless jax_enable_x64 is set.
+_LARGEST_AXIS = 2**31 - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """The static description of a 4-bit weight; frozen and hashable.
@@ -92,6 +96,11 @@ class QuantSpec:
                 f"blocksize {self.blocksize}; got {shape}"
             )
         object.__setattr__(self, "shape", shape)
+        if not self.in_rows and self.packed_shape[0] > _LARGEST_AXIS:
+            raise ValueError(
+                f"shape {shape} has {math.prod(shape)} elements in one axis of codes, where rows "
+                f"are not whole blocks of {self.blocksize}; at most {2 * _LARGEST_AXIS} are served"
+            )
 
     @classmethod
     def from_shape(
@@ -129,7 +138,27 @@ class QuantSpec:
         return (-(-math.prod(self.shape) // self.blocksize),)
 
     def tag(self) -> str:
-        """Return an identifier that holds every field, such as `nf4_b64_n256_float32_128x256`."""
+        """Return an identifier that holds every field, such as `nf4_b64_n256_float32_128x256`.
+
+        Errors and `repr` print it, and names of arrays in checkpoints end with it. Its parts, with
+        underscores between them, are the fields in their order:
+
+        - `nf4`: `quant_type`.
+        - `b64`: `blocksize`, 64 elements to a scale.
+        - `n256`: `nested_blocksize`, 256 scales to a nested scale; `n0` where the scales are plain.
+        - `float32`: `dtype`, that of the weight before it was quantized. It is not the dtype of the
+          codes (uint8), nor that of the computation.
+        - `128x256`: `shape`, with an x between its axes. In the row form the axes before the
+          matrix, such as those of a stack, are in the arrays only.
+
+        Returns:
+          A text that `QuantSpec.parse` reads.
+
+        Examples:
+          >>> from q4jax import QuantSpec
+          >>> QuantSpec("fp4", 128, 0, "bfloat16", (5,)).tag()
+          'fp4_b128_n0_bfloat16_5'
+        """
         shape = "x".join(map(str, self.shape))
         numbers = f"b{self.blocksize}_n{self.nested_blocksize}"
         return f"{self.quant_type}_{numbers}_{self.dtype.name}_{shape}"

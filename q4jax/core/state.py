@@ -196,7 +196,13 @@ class QuantState:
           >>> q4jax.QuantState.from_dict(state.as_dict())
           QuantState(nf4_b64_n0_float32_2x64)
         """
-        return cls(*bnb_format.read(d))
+        absmax, nested_absmax, offset, spec = bnb_format.read(d)
+        return cls(_on_device(absmax), _on_device(nested_absmax), _on_device(offset), spec)
+
+
+def _on_device(array: Any) -> Any:
+    """Copy to a JAX array; `jnp.asarray` would compile a program for each new shape."""
+    return None if array is None else jax.device_put(np.array(array))
 
 
 def _require_array(name: str, array: Any, spec: QuantSpec) -> None:
@@ -233,9 +239,9 @@ def unpack_weight(packed: Any, state: QuantState | None = None) -> tuple[Array, 
             raise TypeError(f"state must not be given with a Params4bit, got {state!r}")
         packed, state = packed.packed, packed.quant_state
     if not isinstance(state, QuantState):
-        raise TypeError(
-            f"state must be a QuantState (or pass a Params4bit for both), got {state!r}"
-        )
+        # The text of an array has many lines.
+        got = type(state).__name__ if hasattr(state, "shape") else repr(state)
+        raise TypeError(f"state must be a QuantState (or pass a Params4bit for both), got {got}")
     _require_array("absmax", state.absmax, state.spec)
     _require_array("packed", packed, state.spec)
     _check_array("packed", packed, jnp.uint8, state.lead, state.spec)

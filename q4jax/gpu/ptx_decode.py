@@ -89,12 +89,13 @@ RECIPROCAL_ASM = "rcp.rn.f32 $0, $1;"
 """PTX: 1 / x, rounded correctly, as Triton's own division is not."""
 
 DIVIDE_ASM = "div.rn.f32 $0, $1, $2;"
-"""PTX: x / y, rounded correctly; its reference is `blockwise.divide`."""
+"""PTX: x / y, rounded correctly; its reference is `arithmetic.divide`."""
 
 
 def table_word(scale: Array, quant_type: str, dtype: DTypeLike, part: int, word: int) -> Array:
     """The reference of `table_word_asm`: int32 like `scale`."""
-    entries = scale[..., None] * codebooks.CODEBOOKS[quant_type].values[word % 4 * 4 :][:4]
+    values = codebooks.CODEBOOKS[quant_type].values[word % 4 * 4 :][:4]
+    entries = scale[..., None] * values.reshape(*(1,) * scale.ndim, 4)
     entries = lax.bitcast_convert_type(entries.astype(dtype), jnp.uint8)  # [..., 4, itemsize]
     return lax.bitcast_convert_type(entries[..., 2 * part + word // 4], jnp.int32)
 
@@ -103,7 +104,7 @@ def pair(byte: int, codes: Array, *table: Array) -> Array:
     """The reference of `pair_asm`: int32 like `codes`."""
     entries = lax.bitcast_convert_type(jnp.stack(table, -1), jnp.uint8)  # [..., 8, 4]
     low, high = jnp.unstack(entries.reshape(*codes.shape, 2, 16), axis=-2)
-    nibbles = np.array([8 * byte + 4, 8 * byte], np.int32)
+    nibbles = np.array([8 * byte + 4, 8 * byte], np.int32).reshape(*(1,) * codes.ndim, 2)
     index = (codes[..., None] >> nibbles) & 15
     pick = functools.partial(jnp.take_along_axis, axis=-1, mode="promise_in_bounds")
     both = jnp.stack([pick(low, index), pick(high, index)], -1)

@@ -8,6 +8,8 @@ import jax
 
 from q4jax.core.spec import QuantSpec
 
+_MOST_BLOCKS = 2**31 - 2**13  # so that the numbers of the last program's blocks are below 2^31
+
 
 @functools.cache
 def triton(implementation: str = "pallas") -> Any:
@@ -34,6 +36,15 @@ def check_rows(implementation: str, spec: QuantSpec) -> None:
         raise NotImplementedError(
             f"implementation={implementation!r} needs rows that are whole blocks; the last axis of "
             f"{spec.shape} is not a multiple of blocksize {spec.blocksize}"
+        )
+
+
+def check_size(implementation: str, blocks: int) -> None:
+    """Raise NotImplementedError where the kernels could not number a weight's blocks."""
+    if blocks > _MOST_BLOCKS:
+        raise NotImplementedError(
+            f"implementation={implementation!r} serves weights of at most {_MOST_BLOCKS} blocks, "
+            f"which it numbers in 32 bits; this one has {blocks}; 'xla' and None work"
         )
 
 

@@ -36,9 +36,21 @@ class Tile:
 _tried: contextvars.ContextVar[Tile | None] = contextvars.ContextVar("tile", default=None)
 
 
-@functools.cache
+_others: list[dict[str, Any]] = []  # the last one counts; empty: the package's
+
+
 def _table() -> dict[str, Any]:
+    return _others[-1] if _others else _shipped()
+
+
+@functools.cache
+def _shipped() -> dict[str, Any]:
     return json.loads(importlib.resources.files("q4jax").joinpath("gpu", "tiles.json").read_text())
+
+
+def use_table(table: dict[str, Any] | None) -> None:
+    """Have products that are traced from now on take another table; None: the package's again."""
+    _others[:] = [] if table is None else [table]
 
 
 @contextlib.contextmanager

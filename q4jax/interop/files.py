@@ -1,9 +1,7 @@
-"""JSON files, read strictly, and files that are replaced atomically."""
+"""JSON, read strictly, and written as it is read."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +43,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), str(path))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+def encode_json(value: Mapping[str, Any], name: str) -> bytes:
+    """Return an object as indented JSON that `read_json` reads.
 
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Any]:
-    """Yield a binary file that replaces `path` at the end, unless an error was raised."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    Raises:
+      TypeError: JSON has no such value.
+      ValueError: it would be refused: it repeats a key, is nested too deeply, or takes over 100 MB.
+    """
     try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        text = (json.dumps(dict(value), indent=2) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} cannot be written as JSON: {error}") from None
+    if len(text) > _MAX_JSON:
+        raise ValueError(f"{name} would have {len(text)} bytes; JSON of up to {_MAX_JSON} is read")
+    parse_json(text, name)
+    return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

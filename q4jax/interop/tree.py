@@ -15,8 +15,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """
     if isinstance(tree, nnx.Module | nnx.State):
         raise TypeError(
-            f"tree must hold weights by name, got a {type(tree).__name__}; q4jax.models."
-            "save_pretrained and q4jax.checkpoint.save write models"
+            f"tree must hold weights by name, got a {type(tree).__name__}; bitsandbytes."
+            "named_parameters names those of a model, q4jax.models.save_pretrained and "
+            "q4jax.checkpoint.save write models"
         )
     if isinstance(tree, Mapping):
         items = list(tree.items())

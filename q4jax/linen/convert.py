@@ -6,6 +6,7 @@ model's parameters: the model reads a dense array that is dequantized at that mo
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,14 @@ from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from q4jax.convert.config import QuantConfig
 from q4jax.convert.kernel_axes import KernelAxes
 from q4jax.convert.plan import Conversion, Plan, make_decision, report
 from q4jax.convert.registry import describe_layer, resolve_axes
 from q4jax.convert.rules import Config, Rules
 from q4jax.linen.quantized_param import QuantizedBox
-from q4jax.linen.variables import COLLECTION
+from q4jax.linen.variables import COLLECTION, WEIGHT_NAMES
+from q4jax.ops.params import Params4bit
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm)
 Path = tuple[str, ...]
@@ -57,10 +60,12 @@ def quantize_model(
 
     Returns:
       The variables, with 4-bit weights in the collection "quant" and the others in "params". Pass
-      them to the model through `merge_quantized`.
+      them to the model through `merge_quantized`: without it `model.apply` finds no such parameter,
+      and Flax raises `ScopeParamNotFoundError` for "kernel".
 
     Raises:
       ValueError: for the reasons of `q4jax.quantize_model`; there is no "params".
+      TypeError: `model` is not a Linen module; a field of the config is given beside it.
 
     Examples:
       >>> import jax, jax.numpy as jnp, q4jax
@@ -73,8 +78,7 @@ def quantize_model(
       >>> model.apply(q4jax.linen.merge_quantized(small), x).shape
       (1, 3, 64)
     """
-    if not isinstance(variables.get("params"), Mapping):
-        raise ValueError(f"variables must hold a dict 'params', got the keys {list(variables)}")
+    _check_call(model, variables, kwargs)
     params = flatten_dict(variables["params"])
     plan, layers = _plan(model, variables, args, kwargs, Rules(config, {}))
     report(plan)
@@ -99,7 +103,26 @@ def plan_quantization(
     **kwargs: Any,
 ) -> Plan:
     """Return what `quantize_model`, which takes the same arguments, would do with each layer."""
+    _check_call(model, variables, kwargs)
     return _plan(model, variables, args, kwargs, Rules(config, {}))[0]
+
+
+def _check_call(model: Any, variables: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise an error for a model of NNX, for variables without "params", and for stray settings."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}")
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        got = f"the keys {list(variables)}" if isinstance(variables, Mapping) else type(variables)
+        raise ValueError(f"variables must hold a dict 'params', got {got}")
+    settings = {field.name for field in dataclasses.fields(QuantConfig)} & kwargs.keys()
+    method = kwargs.get("method") or "__call__"
+    own = inspect.signature(getattr(model, method) if isinstance(method, str) else method)
+    if not any(p.kind is p.VAR_KEYWORD for p in own.parameters.values()):
+        for name in sorted(settings - own.parameters.keys()):
+            raise TypeError(
+                f"the model has no argument {name!r}; for a setting of the quantization, pass "
+                f"config=QuantConfig({name}=...)"
+            )
 
 
 def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +136,8 @@ def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: the variables that `quantize_model` returned.
 
     Raises:
-      ValueError: a 4-bit weight and a parameter have the same path.
+      ValueError: a 4-bit weight and a parameter have the same path; a weight lacks the axes of its
+        kernel, as a checkpoint that was restored without a target does.
 
     Examples:
       >>> import jax, jax.numpy as jnp, q4jax
@@ -130,6 +154,11 @@ def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
     rest: dict[Path, Any] = {}
     for path, weight in flatten_dict(variables.get(COLLECTION, {})).items():
         if not isinstance(weight, QuantizedBox):
+            if isinstance(weight, Params4bit) and path[-1] not in WEIGHT_NAMES.values():
+                raise ValueError(
+                    f"{'/'.join(path)} in {COLLECTION!r} must be what quantize_model made, got a "
+                    "bare Params4bit; restore a checkpoint with these variables as the target"
+                )
             rest[path] = weight
         elif params.setdefault(path, weight) is not weight:
             raise ValueError(f"{'/'.join(path)} is in 'params' and, 4-bit, in {COLLECTION!r}")
@@ -144,7 +173,8 @@ def _plan(
     plan = Plan()
     for path, layer in sorted(layers.items()):
         plan.append(make_decision("/".join(path), layer.name, layer.conversion, rules))
-    rules.require_matches([decision.path for decision in plan])
+    modules = {"/".join(path[:-1]) for path in flatten_dict(variables["params"])}
+    rules.require_matches([decision.path for decision in plan], sorted(modules))
     return plan, layers
 
 
@@ -168,7 +198,9 @@ def _watch(
         return result
 
     flat, treedef = jax.tree.flatten((args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(flat) if hasattr(leaf, "dtype")}
+    # A dtype as an argument (`jnp.bfloat16`) is a class with an attribute `dtype`.
+    is_array = [hasattr(leaf, "dtype") and not isinstance(leaf, type) for leaf in flat]
+    arrays = {i: leaf for i, leaf in enumerate(flat) if is_array[i]}
 
     def run(variables: Any, arrays: dict[int, Any]) -> Any:
         filled = [arrays.get(i, leaf) for i, leaf in enumerate(flat)]

@@ -9,11 +9,12 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
 from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.linen.variables import COLLECTION, WEIGHT_NAMES, quantize_parameter
 from q4jax.ops.embedding import take_rows
-from q4jax.ops.matmul import matmul_4bit
+from q4jax.ops.matmul import in_compute_dtype, matmul_4bit
 from q4jax.ops.params import Params4bit
 
 
@@ -47,6 +48,7 @@ def _load(
     return weight
 
 
+@name_ours
 class Linear4bit(nn.Module):
     """A linear layer with a frozen 4-bit weight, called like `nn.Dense`: `x @ W.T + bias`.
 
@@ -97,7 +99,7 @@ class Linear4bit(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """Map `[..., in]` to `[..., features]`, in the compute dtype."""
-        inputs = jnp.asarray(inputs, self.dtype)
+        inputs = in_compute_dtype(inputs, self.dtype)
         if not inputs.ndim:
             raise ValueError("inputs must be [..., in], got a scalar")
         hint = f", for inputs {list(inputs.shape)}"
@@ -109,18 +111,21 @@ class Linear4bit(nn.Module):
         return matmul_4bit(inputs, weight, bias=bias, implementation=self.implementation)
 
 
+@name_ours
 class LinearNF4(Linear4bit):
     """`Linear4bit` with quant_type "nf4"."""
 
     quant_type: QuantType = dataclasses.field(default="nf4", init=False)
 
 
+@name_ours
 class LinearFP4(Linear4bit):
     """`Linear4bit` with quant_type "fp4"."""
 
     quant_type: QuantType = dataclasses.field(default="fp4", init=False)
 
 
+@name_ours
 class Embedding4bit(nn.Module):
     """An embedding with a frozen 4-bit table, called like `nn.Embed`, that decodes rows at lookup.
 
@@ -173,16 +178,18 @@ class Embedding4bit(nn.Module):
 
     def attend(self, query: Array) -> Array:
         """Compute `query @ table.T`, `[..., num_embeddings]`, for a tied output."""
-        query = jnp.asarray(query, self.dtype)
+        query = in_compute_dtype(query, self.dtype)
         return matmul_4bit(query, self._table, implementation=self.implementation)
 
 
+@name_ours
 class EmbeddingNF4(Embedding4bit):
     """`Embedding4bit` with quant_type "nf4"."""
 
     quant_type: QuantType = dataclasses.field(default="nf4", init=False)
 
 
+@name_ours
 class EmbeddingFP4(Embedding4bit):
     """`Embedding4bit` with quant_type "fp4"."""
 

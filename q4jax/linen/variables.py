@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from q4jax.convert.config import QuantConfig, module_paths
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
 from q4jax.core.spec import float_dtype
 from q4jax.ops.params import Params4bit, quantize_stacked
@@ -41,6 +43,7 @@ def quantize_parameter(w: Any, path: tuple[str, ...], **settings: Any) -> Params
     return jax.tree.map(lambda leaf, names: w.replace(value=leaf, names=names), weight, shardings)
 
 
+@name_ours
 def quantize_variables(
     variables: Mapping[str, Any],
     *,
@@ -59,7 +62,8 @@ def quantize_variables(
 
     Args:
       variables: the variables that `init` of the dense model returned; other collections are kept.
-      skip: modules to leave dense, by name ("lm_head") or part of a path ("decoder/lm_head").
+      skip: modules to leave dense, as `QuantConfig.skip` names them, with "/" or dots in paths:
+        "lm_head", "decoder/lm_head".
       embeddings: whether to quantize every `nn.Embed` too.
       quant_type: that of the 4-bit layers, whose `param_dtype` must be the kernels' dtype.
       blocksize: that of the 4-bit layers.
@@ -67,8 +71,9 @@ def quantize_variables(
       check_finite: whether to raise where a weight holds NaN or inf.
 
     Raises:
-      ValueError: there is no layer to quantize; a setting is not allowed; a weight is not float32,
-        float16 or bfloat16, or holds NaN or inf (the error names its path).
+      ValueError: there is no layer to quantize; an entry of `skip` matches no module; a setting is
+        not allowed; a weight is not float32, float16 or bfloat16, or holds NaN or inf (the error
+        names its path).
 
     Examples:
       >>> import jax, jax.numpy as jnp, q4jax.linen
@@ -81,19 +86,20 @@ def quantize_variables(
     """
     if not isinstance(variables.get("params"), Mapping):
         raise ValueError(f"variables must hold a dict 'params', got the keys {list(variables)}")
-    if isinstance(skip, str):
-        raise ValueError(f"skip must be a list of names, got the string {skip!r}")
+    names = skip if isinstance(skip, str) else [str(name).replace("/", ".") for name in skip]
+    config = QuantConfig(skip=names)  # type: ignore[arg-type]
+    config.require_skips(module_paths(flatten_dict(variables["params"])))
     settings: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize}
     settings |= {"compress_statistics": compress_statistics, "check_finite": check_finite}
     quant: dict[tuple[str, ...], Any] = {}
     kept: dict[tuple[str, ...], Any] = {}
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
-        where = "/".join(path)
-        if not isinstance(node, Mapping) or any(f"/{name}/" in f"/{where}/" for name in skip):
+        where = ".".join(path)
+        if not isinstance(node, Mapping):
             kept[path] = node
             return
-        source = _source(node, embeddings)
+        source = None if config.skips(where) else _source(node, embeddings)
         for name, child in node.items():
             if name == source:
                 weight = quantize_parameter(child, ("params", *path, name), **settings)

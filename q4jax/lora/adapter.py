@@ -1,20 +1,30 @@
-"""LoRA adapters of linear layers, of embeddings and of single weights."""
+"""LoRA adapters of linear layers and of embeddings."""
 
+import inspect
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
 from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.nnx.base import to_sharding
 from q4jax.nnx.converters import LayerConverter, converter_for
-from q4jax.nnx.quantized_variable import Readable
+from q4jax.nnx.linear import Linear4bit
+from q4jax.nnx.variables import from_variables
+from q4jax.ops.embedding import take_dense_rows, widen
 from q4jax.ops.params import Params4bit
 
 Lead = tuple[int, ...]
+Parts = tuple[tuple[int, float], ...]
+
+
+class LoRAScale(nnx.Variable[Array]):
+    """The factors of the adapters of a stack whose layers differ in them; it is not trained."""
 
 
 class Adapter(nnx.Module):
@@ -29,8 +39,15 @@ class Adapter(nnx.Module):
       alpha: numerator of the scale.
       rslora: whether the scale is `alpha / sqrt(rank)` instead of `alpha / rank`.
       dropout: share of the adapter's input that is zeroed until `model.eval()`.
+      dora: whether the merged weight's columns have trained norms (DoRA, arXiv:2402.09353).
       param_dtype: dtype of `lora_a` and `lora_b`. They compute in the dtype of the base's output.
+      parts: where the layers of a stack differ, the rank and alpha of each, in the order of the
+        leading axes; rank 0 is a layer without an adapter. Ranks below `rank` are padded with
+        zeros, which stay zeros in training.
       rngs: random streams.
+
+    Raises:
+      NotImplementedError: `dora` for another layer than a linear one.
     """
 
     def __init__(
@@ -41,7 +58,9 @@ class Adapter(nnx.Module):
         *,
         rslora: bool = False,
         dropout: float = 0.0,
+        dora: bool = False,
         param_dtype: DTypeLike = jnp.float32,
+        parts: Parts | None = None,
         rngs: nnx.Rngs,
     ):
         self.base = base
@@ -49,10 +68,17 @@ class Adapter(nnx.Module):
         self.alpha = alpha
         self.rslora = rslora
         self.param_dtype = param_dtype
+        self.parts = nnx.static(parts)
         a, b = self.start(rngs)
         self.dropout = nnx.data(self._dropout(dropout, rngs) if dropout else None)
         self.lora_a = nnx.LoRAParam(a)
         self.lora_b = nnx.LoRAParam(b)
+        self.scales: LoRAScale | None = nnx.data(None)
+        if parts is not None:
+            self.set_parts(parts)
+        self.magnitude = nnx.data(None)
+        if dora:
+            self.magnitude = nnx.data(nnx.LoRAParam(self.norms().astype(param_dtype)))
 
     def sizes(self) -> tuple[Lead, int, int]:
         """Return the leading axes, and the sizes in and out."""
@@ -64,17 +90,39 @@ class Adapter(nnx.Module):
         bound = 1.0 / math.sqrt(inputs)
         shape = (*lead, inputs, self.rank)
         a = jax.random.uniform(rngs.params(), shape, self.param_dtype, -bound, bound)
+        if self.parts is not None:
+            ranks = np.reshape([rank for rank, _ in self.parts], (*lead, 1, 1))
+            a = jnp.where(np.arange(self.rank) < ranks, a, 0)
         return a, jnp.zeros((*lead, self.rank, outputs), self.param_dtype)
 
     @property
-    def scale(self) -> float:
-        """The factor of the product."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def scale(self) -> float | Array:
+        """The factor of the product; float32 `[*lead]` where the layers of a stack differ."""
+        if self.scales is None:
+            return scale_of(self.rank, self.alpha, self.rslora)
+        return self.scales[...]
+
+    def set_parts(self, parts: Parts) -> None:
+        """Give each layer of the stack a rank and an alpha of its own."""
+        scales = [scale_of(rank, alpha, self.rslora) if rank else 0.0 for rank, alpha in parts]
+        self.parts = nnx.static(parts)
+        array = jnp.asarray(scales, jnp.float32).reshape(self.sizes()[0])
+        self.scales = nnx.data(LoRAScale(array))
+
+    def product(self) -> Array:
+        """Return `lora_a @ lora_b * scale`, float32 `[*lead, in, out]`."""
+        low, high = (v[...].astype(jnp.float32) for v in (self.lora_a, self.lora_b))
+        product = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
+        return product * jnp.asarray(self.scale, jnp.float32)[..., None, None]
 
     def delta(self) -> Array:
         """Return the update of the weight, float32 `[*lead, in, out]`."""
-        low, high = (v[...].astype(jnp.float32) for v in (self.lora_a, self.lora_b))
-        return jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST) * self.scale
+        return self.product()
+
+    def norms(self) -> Array:
+        """Return the norms of the adapted weight's columns, float32 `[*lead, out]`."""
+        kind = type(self.base).__name__
+        raise NotImplementedError(f"dora: a {kind} has no DoRA adapter; linear layers have")
 
     def _dropout(self, rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
         """Return a dropout layer with a random stream for each layer of a stack."""
@@ -98,17 +146,78 @@ class LoRALinear4bit(Adapter):
     stacked, so is the adapter. It takes the arguments of `Adapter`.
     """
 
-    def __call__(self, x: Array, **kwargs: Any) -> Array:
-        """Apply the base layer and add the adapter's output, in the base's compute dtype."""
-        y = self.base(x, **kwargs)
-        x = x if self.dropout is None else self.dropout(x)
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the base layer and add the adapter's output, in the base's compute dtype.
+
+        Args:
+          inputs: the base's input.
+          *args: the base's other arguments, such as the equation of an einsum.
+          **kwargs: the same by name. `out_sharding` is the sharding of the sum.
+        """
+        if args:
+            names = list(inspect.signature(self.base.__call__).parameters)[1:]
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        out_sharding = kwargs.pop("out_sharding", None)
+        return to_sharding(self._adapted(inputs, **kwargs), out_sharding)
+
+    @property
+    def kernel(self) -> Any:
+        """The base's kernel, without the adapter."""
+        return self.base.kernel
+
+    def _adapted(self, x: Array, **kwargs: Any) -> Array:
+        y = seen = self.base(x, **kwargs)
+        if self.dropout is not None:
+            dropped = self.dropout(x)
+            if self.magnitude is not None and dropped is not x:
+                seen = self.base(dropped, **kwargs)
+            x = dropped
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
 
         def product(rows: Array) -> Array:
             return (rows @ a) @ b
 
-        update = _converter(self.base).apply(self.base, x.astype(y.dtype), product)
-        return y + update * jnp.asarray(self.scale, y.dtype)
+        equation = kwargs.get("einsum_str")
+        update = _converter(self.base).apply(self.base, x.astype(y.dtype), product, equation)
+        update = update * jnp.asarray(self.scale, y.dtype)
+        if self.magnitude is None:
+            return y + update
+        lead = (1,) * (y.ndim - 1)
+        ratio = self._ratio()[..., 0, :].astype(y.dtype).reshape(*lead, -1)
+        bias = jnp.zeros_like(ratio) if self.base.bias is None else self.base.bias[...]
+        bias = bias.astype(y.dtype).reshape(*lead, -1)
+        return y + (ratio - 1) * (seen - bias) + ratio * update
+
+    def norms(self) -> Array:
+        """Return the norms of the adapted weight's columns, float32 `[*lead, out]`."""
+        if not isinstance(self.base, Linear4bit | nnx.Linear):
+            return super().norms()
+        return jnp.linalg.norm(self._weight() + self.product(), axis=-2)
+
+    def delta(self) -> Array:
+        """Return the update of the weight, float32 `[*lead, in, out]`."""
+        if self.magnitude is None:
+            return self.product()
+        weight = self._weight()
+        return (weight + self.product()) * self._ratio() - weight
+
+    def _ratio(self) -> Array:
+        """The factors of the weight's columns, float32 `[*lead, 1, out]`."""
+        # As in the paper, no gradient flows through the norms.
+        norms = jax.lax.stop_gradient(self.norms())
+        assert self.magnitude is not None
+        ratio = (self.magnitude[...].astype(jnp.float32) / norms)[..., None, :]
+        if self.parts is None:
+            return ratio
+        # The layers of a stack that have no adapter keep their weight.
+        return jnp.where(jnp.asarray(self.scale)[..., None, None] == 0, 1.0, ratio)
+
+    def _weight(self) -> Array:
+        """The base's weight, float32 `[*lead, in, out]`."""
+        if isinstance(self.base, nnx.Linear):
+            return self.base.kernel[...].astype(jnp.float32)
+        weight = from_variables(self.base.weight).dequantize(dtype=jnp.float32)
+        return jnp.swapaxes(weight, -1, -2)
 
     def sizes(self) -> tuple[Lead, int, int]:
         """Return the leading axes, and the sizes in and out."""
@@ -124,6 +233,11 @@ class LoRALinear4bit(Adapter):
             return lead[: len(lead) - len(axes.lead)]
         shape = tuple(getattr(base, _converter(base).weight).shape)
         return shape[: len(shape) - len(axes.shape)]
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """Return the factor of an adapter's product."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def kernel_axes_of(layer: Any) -> KernelAxes:
@@ -148,17 +262,25 @@ class LoRAEmbedding4bit(Adapter):
     dropout, since its inputs are integers.
     """
 
-    def __call__(self, ids: Array, **kwargs: Any) -> Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Look up integers `[...]`: `[..., features]`."""
-        y = self.base(ids, **kwargs)
-        low = jnp.take(self.lora_a[...], ids, axis=0).astype(y.dtype)
-        return y + low @ self.lora_b[...].astype(y.dtype) * jnp.asarray(self.scale, y.dtype)
+        ids = widen(inputs)
+        y = self.base(ids)
+        low = take_dense_rows(self.lora_a[...], ids).astype(y.dtype)
+        y += low @ self.lora_b[...].astype(y.dtype) * jnp.asarray(self.scale, y.dtype)
+        return to_sharding(y, out_sharding)
 
-    def attend(self, query: Array, **kwargs: Any) -> Array:
+    def attend(self, query: Array, out_sharding: Any = None) -> Array:
         """Map `[..., features]` to `[..., num_embeddings]`."""
-        y = self.base.attend(query, **kwargs)
+        y = self.base.attend(query)
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
-        return y + (query.astype(y.dtype) @ b.T) @ a.T * jnp.asarray(self.scale, y.dtype)
+        y += (query.astype(y.dtype) @ b.T) @ a.T * jnp.asarray(self.scale, y.dtype)
+        return to_sharding(y, out_sharding)
+
+    @property
+    def embedding(self) -> Any:
+        """The base's table, without the adapter."""
+        return self.base.embedding
 
     def start(self, rngs: nnx.Rngs) -> tuple[Array, Array]:
         """Return initial values: `lora_a` zero and `lora_b` normal, as in PEFT."""
@@ -175,41 +297,3 @@ class LoRAEmbedding4bit(Adapter):
         else:
             lead = tuple(base.embedding.shape[:-2])
         return lead, base.num_embeddings, base.features
-
-
-class LoRAWeight(Adapter, Readable):
-    """A weight with an adapter, which stands in for a Variable of a module of any class.
-
-    It reads as `base + (lora_a @ lora_b * scale)`, in the shape of the base; each expert of a stack
-    has an adapter of its own. Dropout is not supported: the adapter does not see the module's
-    input.
-
-    Args:
-      base: a `QuantizedVariable`, or the `nnx.Param` itself.
-      kernel_axes: the axes of the weight.
-      rank: inner width.
-      alpha: numerator of the scale.
-      **settings: the other arguments of `Adapter`.
-    """
-
-    def __init__(
-        self, base: Any, kernel_axes: KernelAxes, rank: int, alpha: float, **settings: Any
-    ):
-        self.kernel_axes = kernel_axes
-        super().__init__(base, rank, alpha, **settings)
-
-    def decode(self) -> Array:
-        """Return the array of the base plus the update."""
-        array = self.base[...]
-        return array + self.spread().astype(array.dtype)
-
-    def spread(self) -> Array:
-        """Return the update in the shape of the base, float32."""
-        return self.kernel_axes.from_matrices(jnp.swapaxes(self.delta(), -1, -2))
-
-    def sizes(self) -> tuple[Lead, int, int]:
-        """Return the leading axes, and the sizes in and out."""
-        shape = tuple(self.base.shape)
-        stack = shape[: len(shape) - len(self.kernel_axes.shape)]
-        out, inputs = self.kernel_axes.matrix
-        return (*stack, *self.kernel_axes.lead), inputs, out

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -27,6 +28,7 @@ class AdapterBank:
 
     Raises:
       ValueError: the model has no adapter.
+      NotImplementedError: an adapter has a magnitude (DoRA), which a bank does not switch.
 
     Examples:
       >>> import jax.numpy as jnp, q4jax
@@ -122,6 +124,9 @@ def _adapters(model: nnx.Module) -> dict[str, Any]:
     }
     if not found:
         raise ValueError("the model has no adapter; add_lora makes them")
+    for path, adapter in found.items():
+        if adapter.magnitude is not None:
+            raise NotImplementedError(f"{path}: a bank does not switch adapters with DoRA")
     return found
 
 
@@ -135,8 +140,21 @@ def _fit(path: str, other: Any, own: Any) -> tuple[Array, Array]:
         )
     a = jnp.zeros((*lead, inputs, rank), own.lora_a.dtype)
     b = jnp.zeros((*lead, rank, outputs), own.lora_b.dtype)
-    scaled = other.lora_b[...].astype(jnp.float32) * (other.scale / own.scale)
+    scaled = other.lora_b[...].astype(jnp.float32) * _ratio(path, other, own)
     a = a.at[..., : other.rank].set(other.lora_a[...].astype(a.dtype))
     b = b.at[..., : other.rank, :].set(scaled.astype(b.dtype))
     a = jax.device_put(a, own.lora_a[...].sharding)
     return a, jax.device_put(b, own.lora_b[...].sharding)
+
+
+def _ratio(path: str, other: Any, own: Any) -> Any:
+    """Return the factor of `lora_b` between the scales of two adapters, for each layer of a stack.
+
+    Raises:
+      ValueError: a layer of `own` has no adapter, and that of `other` has one.
+    """
+    theirs, ours = np.asarray(other.scale), np.asarray(own.scale)
+    theirs, ours = np.broadcast_arrays(theirs, ours)
+    if np.any((ours == 0) & (theirs != 0)):
+        raise ValueError(f"{path}: only one of the two models has an adapter on each layer")
+    return np.divide(theirs, ours, out=np.zeros(ours.shape), where=ours != 0)[..., None, None]

@@ -8,14 +8,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.convert.rules import compiled, require_matches
+from q4jax.core.argument_names import name_ours
 from q4jax.lora.adapter import Adapter
 from q4jax.lora.targets import Target, target_of
-from q4jax.nnx.traverse import iter_modules, replace_modules
+from q4jax.nnx.traverse import check_module, iter_modules, replace_modules
 
 M = TypeVar("M")
 Targets = str | Sequence[str] | None
 
 
+@name_ours
 def add_lora(
     model: M,
     rank: int,
@@ -24,6 +26,7 @@ def add_lora(
     targets: Targets = None,
     rslora: bool = False,
     dropout: float = 0.0,
+    dora: bool = False,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs | None = None,
 ) -> M:
@@ -40,6 +43,8 @@ def add_lora(
       rslora: whether to scale by `alpha / sqrt(rank)`, so that ranks compare (arXiv:2312.03732).
       dropout: share of an adapter's input that is zeroed in training, that is until `model.eval()`
         and again after `model.train()`. Embeddings have no dropout.
+      dora: whether the norms of the adapted weights' columns are trained too (DoRA,
+        arXiv:2402.09353). Every call decodes the weights once more, to compute their norms.
       param_dtype: dtype of the adapters.
       rngs: random streams; None takes `nnx.Rngs(0)`.
 
@@ -50,8 +55,9 @@ def add_lora(
       ValueError: rank is not a positive integer; dropout is not in [0, 1); a target matches no
         layer (the error names the layers); targets is not a regular expression; the model has
         adapters already.
+      TypeError: `model` is not an nnx module.
       NotImplementedError: dropout for a layer of a class that `register_layer` registered, whose
-        weight alone is adapted.
+        weight alone is adapted; or `dora` for another layer than a linear one.
 
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
 
@@ -70,7 +76,10 @@ def add_lora(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
     settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "rslora": rslora, "dropout": dropout}
+    if dora:
+        settings["dora"] = True
     settings |= {"param_dtype": param_dtype, "rngs": nnx.Rngs(0) if rngs is None else rngs}
+    check_module(model)
     _require_none(model)
     found = {path: target_of(module) for path, module in iter_modules(model)}
     layers = {path: target for path, target in found.items() if target is not None}
@@ -90,6 +99,11 @@ def _require_none(model: Any) -> None:
 
 def _choose(layers: dict[str, Target], targets: Targets) -> set[str]:
     """Return the paths to adapt; ValueError where a target matches no layer."""
+    if targets in ("all-linear", ["all-linear"], ("all-linear",)):
+        raise ValueError(
+            f"targets={targets!r}: leave targets out for every layer with a 4-bit weight but "
+            f"embeddings, or give '.*' for every layer"
+        )
     if isinstance(targets, str):
         require_matches([targets], layers)
         return {path for path in layers if compiled(targets).fullmatch(path)}
@@ -102,8 +116,10 @@ def _choose(layers: dict[str, Target], targets: Targets) -> set[str]:
         idle = [target for target, paths in under.items() if not paths]
     if idle or not chosen:
         missed = f"; no layer is {idle}" if idle else ""
+        if targets is None and layers:
+            missed = "; without targets, layers with a 4-bit weight have adapters (quantize_model)"
         raise ValueError(
             f"add_lora matched no layer: targets={targets!r}{missed}; layers that can have an "
-            f"adapter: {list(layers)}"
+            f"adapter: {[path or '(root)' for path in layers]}"
         )
     return chosen

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from q4jax.lora.adapter import Adapter, LoRAWeight, kernel_axes_of
+from q4jax.lora.adapter import Adapter, kernel_axes_of
+from q4jax.lora.weight import LoRAWeight
 from q4jax.nnx.converters import converter_for, to_dense
 from q4jax.nnx.quantized_variable import QuantizedVariable, quantize_variable, to_variable
-from q4jax.nnx.traverse import replace_modules
+from q4jax.nnx.traverse import check_module, replace_modules
 from q4jax.ops.params import Params4bit
 
 M = TypeVar("M")
@@ -42,6 +43,7 @@ def merge_lora(model: M, *, requantize: bool = False) -> M | tuple[M, MergeError
 
     Raises:
       ValueError: the model has no adapter.
+      TypeError: `model` is not an nnx module.
 
     Examples:
       >>> import q4jax
@@ -54,6 +56,7 @@ def merge_lora(model: M, *, requantize: bool = False) -> M | tuple[M, MergeError
       >>> errors[""] < 0.12
       True
     """
+    check_module(model)
     errors = MergeErrors()
 
     def replace(path: str, module: nnx.Module) -> Any:

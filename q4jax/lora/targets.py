@@ -1,13 +1,14 @@
 """Where `add_lora` finds its targets: the layers of a model that can have an adapter."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
 from q4jax.convert.kernel_axes import KernelAxes
-from q4jax.lora.adapter import LoRAEmbedding4bit, LoRALinear4bit, LoRAWeight
+from q4jax.lora.adapter import LoRAEmbedding4bit, LoRALinear4bit
+from q4jax.lora.weight import LoRAWeight
 from q4jax.nnx.converters import converter_for, quantized_variables, registered_axes
 
 
@@ -19,21 +20,28 @@ class Target:
       adapt: a function from (module, path, settings of the adapter) to the adapted module.
       is_4bit: whether its weight is 4-bit.
       is_embedding: whether it is an embedding.
+      weights: the axes of the weights that get adapters of their own, by name; empty: the layer
+        gets one.
     """
 
     adapt: Callable[[Any, str, dict[str, Any]], nnx.Module]
     is_4bit: bool
     is_embedding: bool = False
+    weights: Mapping[str, KernelAxes] = dataclasses.field(default_factory=dict)
+
+    def only(self, name: str) -> "Target":
+        """Return the target of one of its weights."""
+        axes = {name: self.weights[name]}
+        return dataclasses.replace(self, adapt=_adapt_weights(axes), weights=axes)
 
 
 def target_of(module: Any) -> Target | None:
     """Return how an adapter is added to a module; None where it cannot be."""
-    quantized = quantized_variables(module)
-    if quantized:
-        return Target(_adapt_weights({n: v.kernel_axes for n, v in quantized.items()}), True)
-    axes = registered_axes(module)
+    quantized = {n: v.kernel_axes for n, v in quantized_variables(module).items()}
+    # A class may name matrices that can have adapters and never become 4-bit.
+    axes = quantized or registered_axes(module) or getattr(module, "adapter_axes", None)
     if axes:
-        return Target(_adapt_weights(axes), False)
+        return Target(_adapt_weights(axes), bool(quantized), weights=axes)
     converter = converter_for(module)
     if converter is None or converter.to_4bit is None:
         return None

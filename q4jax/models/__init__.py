@@ -1,4 +1,4 @@
-"""Language models of the Llama family in Flax NNX.
+"""Language models in Flax NNX, of the families that `from_pretrained` lists.
 
 `from_pretrained` loads a Hugging Face directory, in full precision or in 4 bits, and `generate`
 continues prompts.
@@ -7,14 +7,15 @@ continues prompts.
 import warnings
 from typing import Any
 
+from q4jax.models.decoder import Llama, LlamaConfig, LlamaShardings, cross_entropy
 from q4jax.models.generation import generate
-from q4jax.models.llama import Llama, LlamaConfig, LlamaShardings
 from q4jax.models.pretrained import from_pretrained, from_state_dict, save_pretrained
 
 __all__ = [
     "Llama",
     "LlamaConfig",
     "LlamaShardings",
+    "cross_entropy",
     "from_pretrained",
     "from_state_dict",
     "generate",

@@ -21,6 +21,7 @@ class Native:
     """
 
     name = "native"
+    takes_stacks = False
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
         """Return the codes and plain scales of `w`, in the spec's layout."""

@@ -7,7 +7,7 @@ from flax import nnx
 from q4jax.convert.plan import Decision, Plan, make_decision, report
 from q4jax.convert.rules import Config, Rules
 from q4jax.nnx.converters import conversion_of, is_quantized, to_dense
-from q4jax.nnx.traverse import iter_modules, replace_modules
+from q4jax.nnx.traverse import check_module, holds_parameters, iter_modules, replace_modules
 from q4jax.ops.params import Params4bit
 
 M = TypeVar("M")
@@ -22,7 +22,8 @@ def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Pl
       **overrides: fields of the config, as for `quantize_model`.
 
     Raises:
-      ValueError: a rule matches no layer, or a layer that cannot be quantized.
+      ValueError: a rule matches no layer, or a layer that cannot be quantized; an entry of `skip`
+        matches no module.
       TypeError: an unknown override, or one beside rules.
 
     Examples:
@@ -31,13 +32,19 @@ def plan_quantization(model: Any, config: Config = None, **overrides: Any) -> Pl
       >>> print(q4jax.plan_quantization(nnx.Embed(4, 64, rngs=nnx.Rngs(0))))
       (root) (Embed): kept: an embedding; QuantRule(embeddings=True) takes it
     """
-    rules = Rules(config, overrides)
-    plan = Plan()
+    return apply_rules(model, Rules(config, overrides))
+
+
+def apply_rules(model: Any, rules: Rules) -> Plan:
+    """Return the decision for each layer of a model; errors are those of `plan_quantization`."""
+    plan, paths = Plan(), []
     for path, module in iter_modules(model):
         decision = _decide(path, module, rules)
         if decision is not None:
             plan.append(decision)
-    rules.require_matches([decision.path for decision in plan])
+        if decision is not None or holds_parameters(module):
+            paths.append(path)
+    rules.require_matches([decision.path for decision in plan], paths)
     return plan
 
 
@@ -71,8 +78,9 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
       `plan_quantization` returns them. A layer that q4jax cannot quantize is a UserWarning.
 
     Raises:
-      ValueError: no layer matches; a rule matches no layer, or one that cannot be quantized; a
-        layer is quantized already; a kernel holds NaN or inf (the error names it).
+      ValueError: no layer matches; a rule matches no layer, or one that cannot be quantized; an
+        entry of `skip` matches no module; a layer is quantized already; a kernel holds NaN or inf
+        (the error names it).
       TypeError: `model` is not an nnx module; an override is unknown, or given beside rules.
 
     Examples:
@@ -83,8 +91,7 @@ def quantize_model(model: M, config: Config = None, **overrides: Any) -> M:
       >>> type(small.layers[0]).__name__, small(jnp.ones((1, 64))).shape
       ('Linear4bit', (1, 128))
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    check_module(model)
     already = [path for path, module in iter_modules(model) if is_quantized(module)]
     if already:
         raise ValueError(f"model is quantized already: {', '.join(already) or '(root)'}")
@@ -116,6 +123,7 @@ def dequantize_model(model: M) -> M:
 
     Raises:
       ValueError: nothing in it is quantized.
+      TypeError: `model` is not an nnx module.
 
     Examples:
       >>> import q4jax
@@ -124,6 +132,7 @@ def dequantize_model(model: M) -> M:
       >>> type(q4jax.dequantize_model(model)).__name__
       'Linear'
     """
+    check_module(model)
     count = 0
 
     def replace(_: str, module: nnx.Module) -> nnx.Module:

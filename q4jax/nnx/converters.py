@@ -19,7 +19,7 @@ from q4jax.nnx.matrix_layer import einsum_of, kernel_axes
 from q4jax.nnx.quantized_variable import QuantizedVariable, quantize_variable, to_variable
 
 
-def _matmul(layer: Any, x: Array, product: Product) -> Array:
+def _matmul(layer: Any, x: Array, product: Product, einsum_str: str | None = None) -> Array:
     return product(x)
 
 
@@ -37,8 +37,9 @@ class LayerConverter:
       to_dense: a function from a 4-bit layer to the dense one.
       weight: the name of the dense layer's weight. The 4-bit layer's is "weight".
       kernel_axes: a function from either layer to the axes of its weight.
-      apply: a function from (either layer, x, product) to the layer's output without bias, where
-        `product` multiplies rows `[*batch, rows, in]` by matrices.
+      apply: a function from (either layer, x, product, einsum_str) to the layer's output without
+        bias, where `product` multiplies rows `[*batch, rows, in]` by matrices and `einsum_str` is
+        the equation of the call, or None.
       is_embedding: whether the layer looks up rows of its weight.
       torch_names: name of a dense parameter -> its name in a torch state dict.
     """
@@ -50,7 +51,7 @@ class LayerConverter:
     to_dense: Callable[[Any], nnx.Module] | None = None
     weight: str = "kernel"
     kernel_axes: Callable[[Any], KernelAxes] | None = None
-    apply: Callable[[Any, Array, Product], Array] = _matmul
+    apply: Callable[..., Array] = _matmul
     is_embedding: bool = False
     torch_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -145,8 +146,8 @@ def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {n: tuple(v.shape) for n, v in vars(module).items() if isinstance(v, nnx.Param)}
 
 
-def _einsum(layer: Any, x: Array, product: Product) -> Array:
-    return einsum_of(layer, x.ndim).apply(x, product, kernel_axes(layer))
+def _einsum(layer: Any, x: Array, product: Product, einsum_str: str | None = None) -> Array:
+    return einsum_of(layer, x.ndim, einsum_str).apply(x, product, kernel_axes(layer))
 
 
 def _linear_axes(layer: Any) -> KernelAxes:

@@ -3,12 +3,14 @@
 from typing import Any, Self
 
 from flax import nnx
+from jax import Array
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
-from q4jax.nnx.base import other_class
-from q4jax.nnx.matrix_layer import MatrixLayer, arithmetic_reason, dense_kernel, kernel_axes
+from q4jax.nnx.base import NO_RNGS, other_class
+from q4jax.nnx.matrix_layer import MatrixLayer, arithmetic_reason, kernel_axes
 
 
 class LinearGeneral4bit(MatrixLayer):
@@ -41,6 +43,7 @@ class LinearGeneral4bit(MatrixLayer):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(
         self,
         in_features: Any,
@@ -69,6 +72,15 @@ class LinearGeneral4bit(MatrixLayer):
         )
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.axis, self.batch_axis = dense.axis, dense.batch_axis
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Multiply the input axes by the kernel and add the bias, in the compute dtype.
+
+        Args:
+          inputs: the input, as for `nnx.LinearGeneral`.
+          out_sharding: the sharding of the result on explicit mesh axes.
+        """
+        return self._compute(inputs, out_sharding)
 
     @classmethod
     def from_linear_general(cls, layer: nnx.LinearGeneral, **settings: Any) -> Self:
@@ -118,6 +130,7 @@ class Einsum4bit(MatrixLayer):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(
         self,
         einsum_str: Any,
@@ -145,6 +158,22 @@ class Einsum4bit(MatrixLayer):
             implementation=implementation,
         )
         self.einsum_str = dense.einsum_str
+
+    def __call__(
+        self, inputs: Array, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> Array:
+        """Compute the einsum of the input and the kernel, plus the bias, in the compute dtype.
+
+        Args:
+          inputs: the input, as for `nnx.Einsum`.
+          einsum_str: an equation in the place of the layer's own, with the same axes of the kernel
+            to sum over and to keep apart.
+          out_sharding: the sharding of the result on explicit mesh axes.
+
+        Raises:
+          ValueError: the input does not fit; `einsum_str` needs the kernel in other blocks.
+        """
+        return self._compute(inputs, out_sharding, einsum_str)
 
     @classmethod
     def from_einsum(cls, layer: nnx.Einsum, **settings: Any) -> Self:
@@ -186,7 +215,7 @@ def einsum_reason(layer: Any) -> str | None:
 
 def to_linear_general(layer: LinearGeneral4bit) -> nnx.LinearGeneral:
     """Make an `nnx.LinearGeneral` with the dequantized kernel; they share the bias."""
-    kernel = dense_kernel(layer)
+    kernel = layer.kernel.dequantize()
     dense = nnx.LinearGeneral(
         layer.in_features,
         layer.out_features,
@@ -197,7 +226,7 @@ def to_linear_general(layer: LinearGeneral4bit) -> nnx.LinearGeneral:
         param_dtype=kernel.dtype,
         precision=layer.precision,
         kernel_init=nnx.initializers.zeros,
-        rngs=nnx.Rngs(0),
+        rngs=NO_RNGS,
     )
     dense.kernel = nnx.Param(kernel)  # an initializer is asked for another shape
     dense.use_bias = layer.bias is not None
@@ -207,7 +236,7 @@ def to_linear_general(layer: LinearGeneral4bit) -> nnx.LinearGeneral:
 
 def to_einsum(layer: Einsum4bit) -> nnx.Einsum:
     """Make an `nnx.Einsum` with the dequantized kernel; they share the bias."""
-    kernel = dense_kernel(layer)
+    kernel = layer.kernel.dequantize()
     dense = nnx.Einsum(
         layer.einsum_str,
         layer.kernel_axes.shape,
@@ -215,7 +244,7 @@ def to_einsum(layer: Einsum4bit) -> nnx.Einsum:
         param_dtype=kernel.dtype,
         precision=layer.precision,
         kernel_init=lambda *_: kernel,
-        rngs=nnx.Rngs(0),
+        rngs=NO_RNGS,
     )
     dense.bias_shape = None if layer.bias is None else layer.bias.shape
     dense.bias = layer.bias

@@ -10,11 +10,14 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import DTypeLike
 
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
-from q4jax.nnx.base import Quantized, other_class
-from q4jax.nnx.variables import from_variables, split_metadata
+from q4jax.nnx.base import NO_RNGS, Quantized, other_class, to_sharding
+from q4jax.nnx.dense_view import DenseView
+from q4jax.nnx.variables import split_metadata
 from q4jax.ops.embedding import take_rows
-from q4jax.ops.matmul import matmul_4bit
+from q4jax.ops.matmul import in_compute_dtype, matmul_4bit
 
 _embedding_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
@@ -50,6 +53,7 @@ class Embedding4bit(Quantized):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(
         self,
         num_embeddings: int,
@@ -78,15 +82,33 @@ class Embedding4bit(Quantized):
         table, metadata = split_metadata(table, embedding_metadata)
         self._store(table, "embedding", metadata)
 
-    def __call__(self, inputs: Array) -> Array:
-        """Look up integers `[...]`: `[..., features]`, NaN where an index is out of range."""
-        return take_rows(self._load((self.num_embeddings, self.features)), inputs, self.dtype)
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Look up integers `[...]`: `[..., features]`, NaN where an index is out of range.
 
-    def attend(self, query: Array) -> Array:
-        """Compute `query @ table.T`, `[..., num_embeddings]`, for a tied output."""
+        Args:
+          inputs: the indices.
+          out_sharding: the sharding of the result on explicit mesh axes, as for `nnx.Embed`.
+        """
         weight = self._load((self.num_embeddings, self.features))
-        query = query if self.dtype is None else query.astype(self.dtype)
-        return matmul_4bit(query, weight, implementation=self.implementation)
+        return to_sharding(take_rows(weight, inputs, self.dtype), out_sharding)
+
+    def attend(self, query: Array, out_sharding: Any = None) -> Array:
+        """Compute `query @ table.T`, `[..., num_embeddings]`, for a tied output.
+
+        Args:
+          query: `[..., features]`.
+          out_sharding: the sharding of the result on explicit mesh axes, as for `nnx.Embed`.
+        """
+        weight = self._load((self.num_embeddings, self.features))
+        query = in_compute_dtype(query, self.dtype)
+        y = matmul_4bit(query, weight, implementation=self.implementation)
+        return to_sharding(y, out_sharding)
+
+    @property
+    def embedding(self) -> DenseView:
+        """The shape `[*lead, num_embeddings, features]` and dtype of the dense table."""
+        axes = KernelAxes((self.num_embeddings, self.features), in_axes=(1,))
+        return DenseView(self, "embedding", axes)
 
 
 class EmbeddingNF4(Embedding4bit):
@@ -94,6 +116,7 @@ class EmbeddingNF4(Embedding4bit):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(self, num_embeddings: int, features: int, **settings: Any):
         super().__init__(num_embeddings, features, quant_type="nf4", **settings)
 
@@ -103,6 +126,7 @@ class EmbeddingFP4(Embedding4bit):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(self, num_embeddings: int, features: int, **settings: Any):
         super().__init__(num_embeddings, features, quant_type="fp4", **settings)
 
@@ -126,7 +150,7 @@ def from_embed(embed: nnx.Embed, *, name: str, dtype: Any, **settings: Any) -> E
             dtype=embed.dtype if dtype is None else dtype,
             param_dtype=table.dtype,
             embedding_init=lambda *_: table,
-            rngs=nnx.Rngs(0),
+            rngs=NO_RNGS,
             **settings,
         )
     except ValueError as error:
@@ -135,12 +159,12 @@ def from_embed(embed: nnx.Embed, *, name: str, dtype: Any, **settings: Any) -> E
 
 def to_embed(layer: Embedding4bit) -> nnx.Embed:
     """Make an `nnx.Embed` with the dequantized table `[*lead, num_embeddings, features]`."""
-    table = from_variables(layer.weight).dequantize()
+    table = layer.embedding.dequantize()
     return nnx.Embed(
         layer.num_embeddings,
         layer.features,
         dtype=layer.dtype or table.dtype,
         param_dtype=table.dtype,
         embedding_init=lambda *_: table,
-        rngs=nnx.Rngs(0),
+        rngs=NO_RNGS,
     )

@@ -10,16 +10,18 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
-from q4jax.nnx.base import Quantized, other_class
+from q4jax.nnx.base import NO_RNGS, Quantized, other_class, to_sharding
+from q4jax.nnx.dense_view import DenseView
 from q4jax.nnx.variables import (
     SHARDING_METADATA,
-    from_variables,
     split_metadata,
     to_variables,
     transpose_metadata,
 )
-from q4jax.ops.matmul import matmul_4bit
+from q4jax.ops.matmul import in_compute_dtype, matmul_4bit
 from q4jax.ops.params import Params4bit, as_params4bit
 
 _kernel_init = nnx.initializers.lecun_normal()
@@ -36,7 +38,8 @@ class Linear4bit(Quantized):
       in_features: width of the input.
       out_features: width of the output.
       use_bias: whether to add a bias.
-      dtype: dtype of the computation and of the result; None takes the input's.
+      dtype: dtype of the computation and of the result; None takes the input's, and float32 for
+        float64.
       param_dtype: dtype of the weight before quantization, and of the bias.
       quant_type: "nf4" or "fp4".
       blocksize: elements that share a scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
@@ -51,8 +54,8 @@ class Linear4bit(Quantized):
       rngs: random streams.
 
     Raises:
-      ValueError: quant_type, blocksize or param_dtype is not allowed; when called, the input does
-        not fit, or the weight is not the one that the layer was made for.
+      ValueError: quant_type, blocksize, dtype or param_dtype is not allowed; when called, the input
+        does not fit, or the weight is not the one that the layer was made for.
 
     Examples:
       >>> import jax.numpy as jnp, q4jax
@@ -66,6 +69,7 @@ class Linear4bit(Quantized):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(
         self,
         in_features: int,
@@ -103,12 +107,24 @@ class Linear4bit(Quantized):
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias, **bias_metadata)
 
-    def __call__(self, x: Array) -> Array:
-        """Map `[..., in_features]` to `[..., out_features]`, in the compute dtype."""
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Map `[..., in_features]` to `[..., out_features]`, in the compute dtype.
+
+        Args:
+          inputs: `[..., in_features]`.
+          out_sharding: the sharding of the result on explicit mesh axes, as for `nnx.Linear`.
+        """
         weight = self._load((self.out_features, self.in_features))
-        x = x if self.dtype is None else x.astype(self.dtype)
+        x = in_compute_dtype(inputs, self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return matmul_4bit(x, weight, bias=bias, implementation=self.implementation)
+        y = matmul_4bit(x, weight, bias=bias, implementation=self.implementation)
+        return to_sharding(y, out_sharding)
+
+    @property
+    def kernel(self) -> DenseView:
+        """The shape `[*lead, in, out]` and dtype of the dense kernel; `.dequantize()` makes it."""
+        axes = KernelAxes((self.in_features, self.out_features), in_axes=(0,))
+        return DenseView(self, "kernel", axes)
 
     @classmethod
     def from_weight(cls, weight: Params4bit, *, dtype: DTypeLike | None = None) -> Self:
@@ -133,7 +149,7 @@ class Linear4bit(Quantized):
         settings: dict[str, Any] = {"quant_type": spec.quant_type} if cls is Linear4bit else {}
         settings |= {"param_dtype": spec.dtype, "blocksize": spec.blocksize, "use_bias": False}
         settings |= {"compress_statistics": spec.nested, "kernel_init": lambda *_: weight}
-        layer = cls(spec.shape[1], spec.shape[0], dtype=dtype, rngs=nnx.Rngs(0), **settings)
+        layer = cls(spec.shape[1], spec.shape[0], dtype=dtype, rngs=NO_RNGS, **settings)
         if layer.quant_type != spec.quant_type:
             raise ValueError(f"{cls.__name__} is {layer.quant_type}, the weight is {spec.tag()}")
         return layer
@@ -172,7 +188,7 @@ class Linear4bit(Quantized):
             "kernel_metadata": {
                 name: metadata[name] for name in SHARDING_METADATA if name in metadata
             },
-            "rngs": nnx.Rngs(0),
+            "rngs": NO_RNGS,
         }
         try:
             layer = cls(linear.in_features, linear.out_features, **fixed, **settings)
@@ -188,6 +204,7 @@ class LinearNF4(Linear4bit):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(self, in_features: int, out_features: int, **settings: Any):
         super().__init__(in_features, out_features, quant_type="nf4", **settings)
 
@@ -197,6 +214,7 @@ class LinearFP4(Linear4bit):
 
     __module__ = "q4jax"
 
+    @name_ours
     def __init__(self, in_features: int, out_features: int, **settings: Any):
         super().__init__(in_features, out_features, quant_type="fp4", **settings)
 
@@ -214,7 +232,7 @@ def unsupported_reason(linear: Any) -> str | None:
 
 def to_linear(layer: Linear4bit) -> nnx.Linear:
     """Make an `nnx.Linear` with the dequantized kernel `[*lead, in, out]`; they share the bias."""
-    kernel = jnp.swapaxes(from_variables(layer.weight).dequantize(), -1, -2)
+    kernel = layer.kernel.dequantize()
     linear = nnx.Linear(
         layer.in_features,
         layer.out_features,
@@ -222,7 +240,7 @@ def to_linear(layer: Linear4bit) -> nnx.Linear:
         dtype=layer.dtype,
         param_dtype=kernel.dtype,
         kernel_init=lambda *_: kernel,
-        rngs=nnx.Rngs(0),
+        rngs=NO_RNGS,
     )
     linear.use_bias = layer.use_bias
     linear.bias = layer.bias

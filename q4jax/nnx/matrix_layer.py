@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 from q4jax.convert.einsum import BinaryEinsum
 from q4jax.convert.kernel_axes import KernelAxes
 from q4jax.core.codebooks import QuantType
-from q4jax.nnx.base import Quantized
-from q4jax.nnx.variables import from_variables
-from q4jax.ops.matmul import matmul_4bit
+from q4jax.nnx.base import Quantized, to_sharding
+from q4jax.nnx.dense_view import DenseView
+from q4jax.ops.matmul import in_compute_dtype, matmul_4bit
 from q4jax.ops.params import Params4bit
 
 
@@ -54,20 +54,21 @@ class MatrixLayer(Quantized):
         self._store(self.kernel_axes.to_matrices(kernel), name, {})
         self.bias = layer.bias
 
-    def __call__(self, x: Array, *, out_sharding: Any = None) -> Array:
+    @property
+    def kernel(self) -> DenseView:
+        """The shape and dtype of the dense kernel; `.dequantize()` makes it."""
+        return DenseView(self, "kernel", self.kernel_axes)
+
+    def _compute(self, inputs: Array, out_sharding: Any, einsum_str: str | None = None) -> Array:
         """Compute the einsum of the input and the kernel, plus the bias, in the compute dtype."""
-        if out_sharding is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__} has no out_sharding; constrain its result instead"
-            )
         weight = self._load(self.kernel_axes.matrix)
-        x = x if self.dtype is None else x.astype(self.dtype)
-        einsum = einsum_of(self, x.ndim)
+        x = in_compute_dtype(inputs, self.dtype)
+        einsum = einsum_of(self, x.ndim, einsum_str)
         product = functools.partial(_product, weight, self.implementation)
         y = einsum.apply(x, product, self.kernel_axes)
-        if self.bias is None:
-            return y
-        return y + einsum.spread(self.bias[...], x.ndim, self.kernel_axes).astype(y.dtype)
+        if self.bias is not None:
+            y += einsum.spread(self.bias[...], x.ndim, self.kernel_axes).astype(y.dtype)
+        return to_sharding(y, out_sharding)
 
 
 def _product(weight: Params4bit, implementation: str | None, rows: Array) -> Array:
@@ -79,8 +80,25 @@ def _product(weight: Params4bit, implementation: str | None, rows: Array) -> Arr
     return product(rows, weight)
 
 
-def einsum_of(layer: Any, ndim: int) -> BinaryEinsum:
-    """Return the einsum that a layer, dense or 4-bit, computes for an input of `ndim` axes."""
+def einsum_of(layer: Any, ndim: int, einsum_str: str | None = None) -> BinaryEinsum:
+    """Return the einsum that a layer, dense or 4-bit, computes for an input of `ndim` axes.
+
+    Args:
+      layer: the layer.
+      ndim: axes of the input.
+      einsum_str: the equation in the place of an einsum layer's own.
+
+    Raises:
+      ValueError: `einsum_str` is no product of matrices, or not with the matrices of the layer.
+    """
+    if einsum_str is not None:
+        einsum, axes = BinaryEinsum.parse(einsum_str), kernel_axes(layer)
+        if einsum.kernel_axes(axes.shape) != axes:
+            raise ValueError(
+                f"einsum_str {einsum_str!r} sums over other axes of the kernel than "
+                f"{layer.einsum_str!r}, for which it was quantized"
+            )
+        return einsum
     if hasattr(layer, "einsum_str"):
         return BinaryEinsum.parse(layer.einsum_str)
     x = [chr(ord("a") + n) for n in range(ndim)]
@@ -110,8 +128,3 @@ def arithmetic_reason(layer: Any) -> str | None:
     if layer.preferred_element_type is not None:
         return "it has a preferred_element_type"
     return None
-
-
-def dense_kernel(layer: MatrixLayer) -> Array:
-    """Dequantize the kernel of a layer."""
-    return layer.kernel_axes.from_matrices(from_variables(layer.weight).dequantize())

@@ -6,7 +6,17 @@ from typing import Any, TypeVar
 from flax import nnx
 
 M = TypeVar("M")
+_LINEN = "flax.linen."
 Replace = Callable[[str, Any], Any]
+
+
+def check_module(model: Any) -> None:
+    """Raise TypeError unless a model is an nnx module; Linen's are named as such."""
+    if isinstance(model, nnx.Module):
+        return
+    in_linen = any(f"{cls.__module__}.".startswith(_LINEN) for cls in type(model).__mro__)
+    hint = "; a Linen model is quantized by q4jax.linen (docs/linen.md)" if in_linen else ""
+    raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}{hint}")
 
 
 def replace_modules(model: M, replace: Replace) -> M:
@@ -39,7 +49,7 @@ def _visit_children(path: str, node: Any, replace: Replace, visit: Replace) -> A
             return new
     if isinstance(node, nnx.Module):
         for name, value in list(vars(node).items()):
-            if _holds_modules(value):
+            if holds(nnx.Module, value):
                 new = child(name, value)
                 if new is not value:
                     setattr(node, name, new if isinstance(new, nnx.Module) else nnx.data(new))
@@ -54,12 +64,17 @@ def _visit_children(path: str, node: Any, replace: Replace, visit: Replace) -> A
     return node
 
 
-def _holds_modules(value: Any) -> bool:
-    if isinstance(value, nnx.Module):
+def holds(kind: type | tuple[type, ...], value: Any) -> bool:
+    """Return whether a value is of a kind, or a container with such a value."""
+    if isinstance(value, kind):
         return True
-    if isinstance(value, dict):
-        return any(map(_holds_modules, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_holds_modules, value))
+    children = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list, tuple)) and any(holds(kind, v) for v in children)
+
+
+def holds_parameters(module: nnx.Module) -> bool:
+    """Return whether a module has an `nnx.Param` of its own, not in a module below it."""
+    return any(holds(nnx.Param, value) for value in vars(module).values())
 
 
 def iter_modules(model: Any) -> Iterable[tuple[str, nnx.Module]]:

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax
 from flax import nnx
 
 from q4jax.core.state import QuantState
 from q4jax.ops.params import Params4bit
+from q4jax.ops.weight_of_stack import WeightOfStack
 
 nnx.register_data_type(Params4bit)
 nnx.register_data_type(QuantState)
+nnx.register_data_type(WeightOfStack)
 
 
 class Frozen4bit(nnx.Variable[jax.Array]):
@@ -77,13 +79,21 @@ def is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def from_variables(weight: Params4bit) -> Params4bit:
+@overload
+def from_variables(weight: Params4bit) -> Params4bit: ...
+@overload
+def from_variables(weight: WeightOfStack) -> WeightOfStack: ...
+def from_variables(weight: Params4bit | WeightOfStack) -> Params4bit | WeightOfStack:
     """Unwrap the arrays of a module's weight: the inverse of `to_variables`.
+
+    Of one weight of a stack, the arrays of the stack are unwrapped.
 
     Raises:
       TypeError: a leaf is not a `Frozen4bit`, so that it would be trained or was replaced.
       ValueError: a leaf belongs to a weight with another description.
     """
+    if isinstance(weight, WeightOfStack):
+        return WeightOfStack(from_variables(weight.stack), weight.indices)
     expected = weight.quant_state.spec.tag()
 
     def array(variable: Any) -> Any:

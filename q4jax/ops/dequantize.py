@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from q4jax.core.argument_names import name_ours
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.core.state import QuantState, unpack_weight, weight_arrays
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from q4jax.ops.params import Params4bit
 
 
+@name_ours
 def dequantize_4bit(
     packed: "Array | Params4bit",
     state: QuantState | None = None,

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.ops.params import Params4bit, as_params4bit
 from q4jax.ops.weight_sharding import WeightAxes, local_weight
-from q4jax.sharding.axes import AxisLabels, batch_labels
+from q4jax.sharding.axes import AxisLabels, ExplicitSharding, batch_labels, mesh_axes_of
 from q4jax.sharding.op import Shard, ShardedOp
 from q4jax.sharding.partition import run
 
@@ -42,14 +43,29 @@ def take_rows(weight: Params4bit, ids: Array, dtype: Any = None) -> Array:
     return _take(weight, ids, state.dtype if dtype is None else float_dtype(dtype))
 
 
+def widen(ids: Array) -> Array:
+    """Return integers in at least 32 bits: their own dtype may not hold the size of a table."""
+    if ids.dtype.itemsize >= 4:
+        return ids
+    unsigned = jnp.issubdtype(ids.dtype, jnp.unsignedinteger)
+    return ids.astype(jnp.uint32 if unsigned else jnp.int32)
+
+
+def take_dense_rows(table: Array, ids: Array) -> Array:
+    """Return rows of a dense table, as `jnp.take`, also for ids on explicit mesh axes."""
+    sharding = ExplicitSharding.from_array(ids).sharding
+    if sharding is not None:
+        spec = mesh_axes_of(sharding.spec, ids.ndim + 1, sharding.mesh.shape)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
 def _take(weight: Params4bit, ids: Array, dtype: np.dtype[Any]) -> Array:
     spec = weight.quant_state.spec
     count = spec.shape[0]
-    # The ids' own dtype may be too small for the number of rows.
-    unsigned = jnp.issubdtype(ids.dtype, jnp.unsignedinteger)
-    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.uint32 if unsigned else jnp.int32))
-    if not unsigned:
+    ids = widen(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
         ids = jnp.where(ids < 0, ids + count, ids)
     inside = (ids >= 0) & (ids < count)
     own = jnp.where(inside, ids, 0).astype(jnp.int32)

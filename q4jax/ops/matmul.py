@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import float_dtype
-from q4jax.core.state import QuantState, unpack_weight, weight_arrays
+from q4jax.core.state import QuantState
 from q4jax.ops.registry import Implementation, check_name
+from q4jax.ops.weight_in_stack import Weight, from_owner, local_operand, weight_axes
+from q4jax.ops.weight_of_stack import weight_operand
 from q4jax.ops.weight_op import WeightOp
-from q4jax.ops.weight_sharding import WeightAxes, local_weight
 from q4jax.sharding.axes import REPLICATED, AxisLabels, ExplicitSharding, batch_labels
 from q4jax.sharding.op import Shard
 from q4jax.sharding.partition import run
@@ -22,11 +23,12 @@ from q4jax.sharding.residual import outputs_are_whole
 
 if TYPE_CHECKING:
     from q4jax.ops.params import Params4bit
+    from q4jax.ops.weight_of_stack import WeightOfStack
 
 
 def matmul_4bit(
     x: Array,
-    packed: "Array | Params4bit",
+    packed: "Array | Params4bit | WeightOfStack",
     state: QuantState | None = None,
     bias: Array | None = None,
     *,
@@ -43,11 +45,11 @@ def matmul_4bit(
     Args:
       x: `[..., in]`, float32, float16 or bfloat16: its dtype is the compute dtype.
       packed: uint8 codes of a 2-D weight `[out, in]`, or a `Params4bit` for both arguments.
-        Experts and stacked layers go through `jax.vmap` or `jax.lax.scan`.
+        Experts and stacked layers go through `jax.vmap`, `jax.lax.scan` or `weight_of_stack`.
       state: their state.
       bias: float `[out]`, or None.
-      implementation: None (best for the platform), "xla", "pallas", "pallas_interpret", "triton"
-        or "native". A named one that cannot serve the call raises.
+      implementation: None (best for the platform), "xla", "pallas", "pallas_interpret",
+        "pallas_tpu_interpret", "triton" or "native". A named one that cannot serve the call raises.
 
     Returns:
       `[..., out]` in x's dtype.
@@ -69,8 +71,7 @@ def matmul_4bit(
     """
     if hasattr(x, "quant_state"):
         raise TypeError(f"matmul_4bit(x, weight): x is the weight, {x!r}; swap the two")
-    packed, state = unpack_weight(packed, state)
-    shape = state.shape
+    weight, spec, shape = weight_operand(packed, state)
     if len(shape) != 2:
         raise ValueError(f"matmul_4bit: quant_state.shape must be 2D [N, K], got {list(shape)}")
     n, k = shape
@@ -81,13 +82,19 @@ def matmul_4bit(
         float_dtype(getattr(bias, "dtype", type(bias).__name__), "bias.dtype")
         if bias.shape != (n,):
             raise ValueError(f"bias must be [{n}] for a weight of [{n}, {k}], got {bias.shape}")
-    op = Linear(state.spec, check_name(implementation), outputs_are_whole())
-    return _linear_jit(op, x, weight_arrays(packed, state), bias)
+    op = Linear(spec, check_name(implementation), outputs_are_whole())
+    return _linear_jit(op, x, weight, bias)
+
+
+def in_compute_dtype(x: Array, dtype: DTypeLike | None) -> Array:
+    """Return a layer's input in `dtype`; None: in its own, or in float32 where that is float64."""
+    x = jnp.asarray(x, dtype)
+    return x.astype(jnp.float32) if dtype is None and x.dtype == jnp.float64 else x
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(WeightOp):
-    """`x @ W.T + bias`: operands `(x [..., K], arrays, bias [N] or None)`, result `[..., N]`.
+    """`x @ W.T + bias`: operands `(x [..., K], weight, bias [N] or None)`, result `[..., N]`.
 
     Attributes:
       gather_outputs: whether to all-gather the result's features where the weight's output axis
@@ -98,13 +105,12 @@ class Linear(WeightOp):
     gather_outputs: bool
 
     def axes(
-        self, x: Array, arrays: WeightArrays, bias: Array | None
+        self, x: Array, weight: Weight, bias: Array | None
     ) -> tuple[Any, tuple[AxisLabels, ...]]:
         """Label x, the weight, the bias and the result."""
-        weight = WeightAxes.from_arrays(self.spec, arrays)
-        rows, columns = weight.weight[-2:]
+        (rows, columns), labels = weight_axes(self.spec, weight)
         batch = batch_labels(x.shape[:-1])
-        operands = (*batch, columns), weight.arrays, None if bias is None else (rows,)
+        operands = (*batch, columns), labels, None if bias is None else (rows,)
         return operands, ((*batch, REPLICATED if self.gather_outputs else rows),)
 
     def profile(self, x: Array, *weight: Any) -> tuple[np.dtype[Any], int | None]:
@@ -116,17 +122,18 @@ class Linear(WeightOp):
         shard: Shard,
         implementation: Implementation,
         x: Array,
-        arrays: WeightArrays,
+        weight: Weight,
         bias: Array | None,
     ) -> tuple[Array, ...]:
         """Multiply by this device's part of the weight, and sum or gather what is sharded."""
-        arrays, spec = local_weight(shard, arrays, self.spec)
+        arrays, spec = local_operand(shard, weight, self.spec, implementation.takes_stacks)
         summed = bool(shard.axes("in"))
         rows = x.reshape(-1, x.shape[-1])
         y = implementation.linear(rows, arrays, None if summed else bias, spec=spec)
         y = shard.sum(y, "in")
         if summed and bias is not None:  # once, not in each part
-            y = (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
+            y = (y.astype(jnp.float32) + bias[None].astype(jnp.float32)).astype(y.dtype)
+        y = from_owner(shard, weight, y)
         if self.gather_outputs and shard.axes("out"):
             y = lax.all_gather(y, shard.axes("out"), axis=1, tiled=True)
         return (y.reshape(*x.shape[:-1], y.shape[-1]),)
@@ -134,7 +141,7 @@ class Linear(WeightOp):
 
 @dataclasses.dataclass(frozen=True)
 class LinearTranspose(WeightOp):
-    """`g @ W`, the transpose of `Linear`: operands `(g [..., N], arrays)`, result `[..., K]`.
+    """`g @ W`, the transpose of `Linear`: operands `(g [..., N], weight)`, result `[..., K]`.
 
     Attributes:
       gather_outputs: that of the `Linear`.
@@ -143,24 +150,24 @@ class LinearTranspose(WeightOp):
     name, contraction, weight_operand, extra_rows = "linear_transpose", "out", 1, True
     gather_outputs: bool
 
-    def axes(self, g: Array, arrays: WeightArrays) -> tuple[Any, tuple[AxisLabels, ...]]:
+    def axes(self, g: Array, weight: Weight) -> tuple[Any, tuple[AxisLabels, ...]]:
         """Label g, the weight and the result."""
-        weight = WeightAxes.from_arrays(self.spec, arrays)
-        rows, columns = weight.weight[-2:]
+        (rows, columns), labels = weight_axes(self.spec, weight)
         batch = batch_labels(g.shape[:-1])
-        return ((*batch, rows), weight.arrays), ((*batch, columns),)
+        return ((*batch, rows), labels), ((*batch, columns),)
 
-    def profile(self, g: Array, arrays: WeightArrays) -> tuple[np.dtype[Any], int | None]:
+    def profile(self, g: Array, weight: Weight) -> tuple[np.dtype[Any], int | None]:
         """The dtype and the rows of g."""
         return _profile(g)
 
     def compute(
-        self, shard: Shard, implementation: Implementation, g: Array, arrays: WeightArrays
+        self, shard: Shard, implementation: Implementation, g: Array, weight: Weight
     ) -> tuple[Array, ...]:
         """Multiply by this device's part of the weight, and sum over the parts."""
-        arrays, spec = local_weight(shard, arrays, self.spec)
+        arrays, spec = local_operand(shard, weight, self.spec, implementation.takes_stacks)
         dx = implementation.linear_transpose(g.reshape(-1, g.shape[-1]), arrays, spec=spec)
-        return (shard.sum(dx, "out").reshape(*g.shape[:-1], dx.shape[-1]),)
+        dx = from_owner(shard, weight, shard.sum(dx, "out"))
+        return (dx.reshape(*g.shape[:-1], dx.shape[-1]),)
 
 
 def _profile(activation: Array) -> tuple[np.dtype[Any], int]:
@@ -168,18 +175,18 @@ def _profile(activation: Array) -> tuple[np.dtype[Any], int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(op: Linear, x: Array, arrays: WeightArrays, bias: Array | None) -> Array:
-    return run(op, x, arrays, bias)[0]
+def _linear(op: Linear, x: Array, weight: Weight, bias: Array | None) -> Array:
+    return run(op, x, weight, bias)[0]
 
 
-def _linear_fwd(op, x, arrays, bias):
-    return _linear(op, x, arrays, bias), (ExplicitSharding.from_array(x), arrays, bias)
+def _linear_fwd(op, x, weight, bias):
+    return _linear(op, x, weight, bias), (ExplicitSharding.from_array(x), weight, bias)
 
 
 def _linear_bwd(op, saved, g):
-    sharding, arrays, bias = saved
+    sharding, weight, bias = saved
     transpose = LinearTranspose(op.spec, op.implementation, op.gather_outputs)
-    dx = sharding.apply(_linear_transpose(transpose, g, arrays))
+    dx = sharding.apply(_linear_transpose(transpose, g, weight))
     if bias is None:
         return dx, None, None
     dbias = g.sum(range(g.ndim - 1), dtype=jnp.float32).astype(bias.dtype)
@@ -187,18 +194,18 @@ def _linear_bwd(op, saved, g):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_transpose(op: LinearTranspose, g: Array, arrays: WeightArrays) -> Array:
-    return run(op, g, arrays)[0]
+def _linear_transpose(op: LinearTranspose, g: Array, weight: Weight) -> Array:
+    return run(op, g, weight)[0]
 
 
-def _linear_transpose_fwd(op, g, arrays):
-    return _linear_transpose(op, g, arrays), (ExplicitSharding.from_array(g), arrays)
+def _linear_transpose_fwd(op, g, weight):
+    return _linear_transpose(op, g, weight), (ExplicitSharding.from_array(g), weight)
 
 
 def _linear_transpose_bwd(op, saved, dx):
-    sharding, arrays = saved
+    sharding, weight = saved
     linear = Linear(op.spec, op.implementation, op.gather_outputs)
-    return sharding.apply(_linear(linear, dx, arrays, None)), None
+    return sharding.apply(_linear(linear, dx, weight, None)), None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -9,20 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from q4jax.core.argument_names import name_ours
 from q4jax.core.blockwise import WeightArrays
+from q4jax.core.bnb_format import as_numpy
 from q4jax.core.codebooks import QuantType
 from q4jax.core.spec import QuantSpec
 from q4jax.core.state import QuantState, unpack_weight, weight_arrays
 from q4jax.ops.dequantize import dequantize_4bit
+from q4jax.ops.not_an_array import NotAnArray
 from q4jax.ops.quantize import quantize_4bit, require_finite
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Params4bit:
+class Params4bit(NotAnArray):
     """A 4-bit weight as one pytree; every function takes it in the place of (packed, state).
 
     An immutable pytree of at most four arrays. It has no `shape` and no `dtype`, so that nothing
-    takes it for an array; those of the weight are `quant_state.shape` and `quant_state.dtype`.
+    takes it for an array; those of the weight are `quant_state.shape` and `quant_state.dtype`. Its
+    use as an array is a TypeError that names what to call.
 
     Args:
       packed: uint8 codes, two a byte. Row form `[*lead, out, in/2]`, flat form `[*lead, bytes]`.
@@ -76,7 +80,14 @@ class Params4bit:
             return f"Params4bit({tag})"
         return f"Params4bit({self.packed.dtype}{list(self.packed.shape)}, {tag})"
 
+    def _advice(self) -> str:
+        return (
+            f"{self!r} is a 4-bit weight and no array: q4jax.matmul_4bit(x, weight) is x @ W.T, "
+            f"weight.dequantize() the array, weight.quant_state has its shape and dtype"
+        )
+
     @classmethod
+    @name_ours
     def quantize(
         cls,
         w: Array,
@@ -98,6 +109,7 @@ class Params4bit:
         )
         return cls(packed, state)
 
+    @name_ours
     def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> Array:
         """Return the weight in its full shape: `dequantize_4bit`."""
         return dequantize_4bit(self.packed, self.quant_state, dtype, implementation=implementation)
@@ -212,8 +224,11 @@ class Params4bit:
         Raises:
           ValueError: statistics that `from_dict` refuses; more or fewer bytes than they describe.
         """
+        if not isinstance(quantized_stats, Mapping):
+            kind = type(quantized_stats).__name__
+            raise ValueError(f"quantized_stats must be a dict of arrays, got {kind}")
         state = QuantState.from_dict(dict(quantized_stats))
-        codes = np.ascontiguousarray(np.asarray(data)).reshape(-1).view(np.uint8)
+        codes = np.ascontiguousarray(as_numpy("data", data)).reshape(-1).view(np.uint8)
         shape = (*state.lead, *state.spec.packed_shape)
         if codes.size != math.prod(shape):
             raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from q4jax.core.argument_names import name_ours
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.codebooks import QuantType
 from q4jax.core.spec import QuantSpec, float_dtype
@@ -21,6 +22,7 @@ from q4jax.sharding.op import Shard
 from q4jax.sharding.partition import run
 
 
+@name_ours
 def quantize_4bit(
     w: Array,
     blocksize: int = 64,

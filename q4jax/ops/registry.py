@@ -14,6 +14,7 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.native.implementation import Native
 from q4jax.pallas.implementation import Pallas
+from q4jax.pallas.tpu.implementation import PallasTPU
 from q4jax.triton.implementation import Triton
 from q4jax.xla.implementation import XLA
 
@@ -26,9 +27,12 @@ class Implementation(Protocol):
 
     Attributes:
       name: the value of `implementation=` that selects it.
+      takes_stacks: whether the `arrays` of its products may be an `ArraysInStack` in the place of
+        `WeightArrays`.
     """
 
     name: str
+    takes_stacks: bool
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
         """Return the codes and plain scales of `w`, in the spec's layout."""
@@ -42,13 +46,11 @@ class Implementation(Protocol):
         """Return the weight in its full shape, rounded once to `dtype`."""
         ...
 
-    def linear(
-        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
-    ) -> Array:
+    def linear(self, x: Array, arrays: Any, bias: Array | None, *, spec: QuantSpec) -> Array:
         """Return `x @ W.T + bias` for `x [M, K]`: `[M, N]` in x's dtype."""
         ...
 
-    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+    def linear_transpose(self, g: Array, arrays: Any, *, spec: QuantSpec) -> Array:
         """Return `g @ W` for `g [M, N]`: `[M, K]` in g's dtype."""
         ...
 
@@ -65,7 +67,14 @@ class Implementation(Protocol):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
-    for implementation in (XLA(), Pallas(), Pallas(interpret=True), Triton(), Native())
+    for implementation in (
+        XLA(),
+        Pallas(),
+        Pallas(interpret=True),
+        PallasTPU(interpret=True),
+        Triton(),
+        Native(),
+    )
 }
 """Name -> the implementation that `implementation=` selects."""
 
@@ -88,3 +97,20 @@ def check_name(name: str | None) -> Implementation | None:
         allowed = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation must be None or one of {allowed}; got {name!r}")
     return IMPLEMENTATIONS[name]
+
+
+def takes_stacks(name: str | None) -> bool:
+    """Return whether a product by this implementation should be given its weight in a stack.
+
+    For None, that is where a kernel which takes stacks may be chosen; it cuts the weight out where
+    none is chosen in the end.
+    """
+    if name is not None:
+        found = check_name(name)
+        return found is not None and found.takes_stacks
+    return any(
+        implementation.takes_stacks
+        and implementation.is_preferred("linear", np.dtype(np.float32), None)
+        for candidates in AUTOMATIC.values()
+        for implementation in candidates
+    )

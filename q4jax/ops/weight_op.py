@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax import Array, lax
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.spec import QuantSpec
 from q4jax.ops.registry import AUTOMATIC, IMPLEMENTATIONS, Implementation
 from q4jax.sharding.axes import MeshAxes
@@ -69,6 +70,14 @@ class WeightOp(ShardedOp):
                 except NotImplementedError:
                     continue
         return self.compute(shard, IMPLEMENTATIONS["xla"], *operands)
+
+    def has_stack(self, *operands: Any) -> bool:
+        """Whether the weight is in a stack."""
+        return any(isinstance(operand, ArraysInStack) for operand in operands)
+
+    def without_stacks(self, *operands: Any) -> tuple[Any, ...]:
+        """Return the operands with arrays of a weight's own in the place of its stack."""
+        return tuple(o.cut() if isinstance(o, ArraysInStack) else o for o in operands)
 
     def visible_to_compiler(self, mesh_axes: MeshAxes) -> "WeightOp":
         """Return the op in plain XLA."""

@@ -1,6 +1,7 @@
 """The axes of a 4-bit weight's arrays, and one device's part of a weight."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from q4jax.core import blockwise
@@ -8,6 +9,8 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.sharding.axes import REPLICATED, AxisLabel, AxisLabels
 from q4jax.sharding.op import Shard
+from q4jax.xla.by_platform import by_platform
+from q4jax.xla.tpu import scales as tpu_scales
 
 
 class WeightAxes(NamedTuple):
@@ -53,6 +56,13 @@ class WeightAxes(NamedTuple):
         return WeightArrays(self.packed, self.absmax, *statistics)  # type: ignore[arg-type]
 
 
+def local_spec(shard: Shard, spec: QuantSpec) -> QuantSpec:
+    """Return the description of one device's part of a weight."""
+    rows, row = spec.shape[:-1], spec.shape[-1]
+    shape = (*(n // shard.parts("out") for n in rows), row // shard.parts("in"))
+    return dataclasses.replace(spec, shape=shape)
+
+
 def local_weight(
     shard: Shard, arrays: WeightArrays, spec: QuantSpec
 ) -> tuple[WeightArrays, QuantSpec]:
@@ -61,17 +71,20 @@ def local_weight(
     Nested scales are counted over the complete weight. Where the weight is sharded, they are
     decoded here.
     """
-    rows, row = spec.shape[:-1], spec.shape[-1]
-    local_shape = (*(n // shard.parts("out") for n in rows), row // shard.parts("in"))
+    local = local_spec(shard, spec)
     if arrays.nested_absmax is None or arrays.offset is None:
-        return arrays, dataclasses.replace(spec, shape=local_shape)
+        return arrays, local
     labels = [axis.label for axis in WeightAxes.from_arrays(spec, arrays).absmax]
     if not any(map(shard.axes, labels)):
         return arrays, spec
     shape = arrays.absmax.shape
     first = [shard.first_index(label, size) for label, size in zip(labels, shape, strict=True)]
     full = tuple(size * shard.parts(label) for label, size in zip(labels, shape, strict=True))
-    index = blockwise.block_numbers(shape, first, full)
-    scales = blockwise.decode_absmax_at(index, arrays.absmax, arrays.nested_absmax, arrays.offset)
-    plain = dataclasses.replace(spec, shape=local_shape, nested_blocksize=0)
+    scales = by_platform(
+        *arrays[1:],
+        first,
+        tpu=functools.partial(tpu_scales.decode_part, whole=full),
+        default=functools.partial(blockwise.decode_absmax_part, whole=full),
+    )
+    plain = dataclasses.replace(local, nested_blocksize=0)
     return WeightArrays(arrays.packed, scales, None, None), plain

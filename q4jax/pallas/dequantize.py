@@ -52,7 +52,7 @@ def _kernel(
     rows, columns = tile
     first = pl.program_id(0) * rows
     where = pl.ds(first, rows)
-    index = first + jnp.arange(rows)
+    index = first + jnp.arange(rows, dtype=jnp.int32)
 
     scales = load_scales(named, (where,), index, rows_inside((rows,), first, blocks))
     wide = [

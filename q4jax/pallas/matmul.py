@@ -8,18 +8,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
 from q4jax.gpu.tiling import Tiling
 from q4jax.pallas.launch import add_splits, below, launch, load, rows_inside
-from q4jax.pallas.weight_tile import decode_tile, load_activation, operands
+from q4jax.pallas.weight_tile import decode_tile, load_activation, load_indices, operands
 
 
 def linear(
     x: Array,
-    arrays: WeightArrays,
+    arrays: WeightArrays | ArraysInStack,
     bias: Array | None,
     *,
     spec: QuantSpec,
@@ -61,6 +62,7 @@ def _kernel(
     first_m = pl.program_id(0) * tile.m
     first_n = pl.program_id(1) // tile.splits * tile.n
     split = pl.program_id(1) % tile.splits
+    named = load_indices(named)
 
     def step(i: Any, total: Array) -> Array:
         number = split * steps + i

@@ -8,17 +8,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.gpu.requirements import triton
 from q4jax.gpu.tiling import HALF, Tiling
 from q4jax.pallas.launch import add_splits, below, launch, load
-from q4jax.pallas.weight_tile import activation_part, decode_tile, operands
+from q4jax.pallas.weight_tile import activation_part, decode_tile, load_indices, operands
 
 
 def linear_transpose(
-    g: Array, arrays: WeightArrays, *, spec: QuantSpec, tile: tiles.Tile, interpret: bool
+    g: Array,
+    arrays: WeightArrays | ArraysInStack,
+    *,
+    spec: QuantSpec,
+    tile: tiles.Tile,
+    interpret: bool,
 ) -> Array:
     """[M, N] -> [M, K] in g's dtype.
 
@@ -51,6 +57,7 @@ def _kernel(
     first_m = pl.program_id(0) * tile.m
     column = pl.program_id(1) // tile.splits
     split = pl.program_id(1) % tile.splits
+    named = load_indices(named)
 
     def step(i: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         row = (split * steps + i) * tile.n

@@ -4,10 +4,12 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from q4jax.core import blockwise, codebooks
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.gpu import ptx_decode as decode
 from q4jax.gpu.tiling import HALF, Tiling
@@ -15,19 +17,35 @@ from q4jax.pallas import inline_ptx as ptx
 from q4jax.pallas.launch import below, load
 
 
-def operands(arrays: WeightArrays, tiling: Tiling) -> dict[str, Array]:
+def operands(weight: WeightArrays | ArraysInStack, tiling: Tiling) -> dict[str, Array]:
     """What a kernel reads of a weight, by name; the views are free.
 
     words: int32 [N, units of a row, 4 * halves], 8 codes each; absmax [N, blocks of a row]; and
     with double quantization nested [n], offset [1] and the 8-bit map [256].
+
+    Of a weight in a stack: index0 [1] and so on; words, nested, offset and (unless the scales are
+    the weight's own) absmax have the stack's axes in front.
     """
     n, k = tiling.shape
-    packed = arrays.packed.reshape(n, k // tiling.unit, 4 * tiling.halves, 4)
-    named = {
-        "words": lax.bitcast_convert_type(packed, jnp.int32),
-        "absmax": arrays.absmax.reshape(n, -1),
-    }
+    arrays, indices = weight if isinstance(weight, ArraysInStack) else (weight, ())
+    lead = arrays.packed.shape[: len(indices)]
+    packed = arrays.packed.reshape(*lead, n, k // tiling.unit, 4 * tiling.halves, 4)
+    named = {"words": lax.bitcast_convert_type(packed, jnp.int32), "absmax": arrays.absmax}
+    named |= {f"index{axis}": index.reshape(1) for axis, index in enumerate(indices)}
     return named | nested_operands(arrays)
+
+
+def load_indices(refs: dict[str, Any]) -> dict[str, Any]:
+    """The operands and the weight's place in its stack, read once, before any loop."""
+    sizes = refs["words"].shape[:-3]
+    read = (refs[f"index{axis}"][0] for axis in range(len(sizes)))
+    place = (jnp.clip(index, 0, size - 1) for index, size in zip(read, sizes, strict=True))
+    return refs | {"place": tuple(place)}
+
+
+def _place(refs: dict[str, Any], name: str, own: int) -> tuple[Array, ...]:
+    """Where the weight is in front of an array's `own` axes."""
+    return refs["place"] if refs[name].ndim > own else ()
 
 
 def nested_operands(arrays: WeightArrays) -> dict[str, Array]:
@@ -36,7 +54,7 @@ def nested_operands(arrays: WeightArrays) -> dict[str, Array]:
         return {}
     return {
         "nested": arrays.nested_absmax,
-        "offset": arrays.offset.reshape(1),
+        "offset": arrays.offset.reshape(*arrays.offset.shape, 1),
         "map": jnp.asarray(codebooks.DYNAMIC_MAP),
     }
 
@@ -52,12 +70,13 @@ def load_scales(
       index: int32, which blocks of the weight they are.
       mask: where there are any; the others are 0 in a plain weight, finite in a nested one.
     """
-    scales = load(refs["absmax"].at[where], mask)
+    place = _place(refs, "absmax", len(where))
+    scales = load(refs["absmax"].at[(*place, *where)], mask)
     if "nested" not in refs:
         return scales
-    nested = load(refs["nested"].at[index // codebooks.NESTED_BLOCKSIZE], mask)
+    nested = load(refs["nested"].at[(*place, index // codebooks.NESTED_BLOCKSIZE)], mask)
     value = load(refs["map"].at[scales.astype(jnp.int32)], None)
-    offset = jnp.broadcast_to(refs["offset"][0], value.shape)
+    offset = jnp.broadcast_to(refs["offset"][(*place, 0)], value.shape)
     return ptx.inline_asm(decode.SCALE_ASM, blockwise.scale, [value, nested, offset], jnp.float32)
 
 
@@ -91,7 +110,7 @@ def two_weights(entries: list[Array], dtype: Any) -> tuple[Array, Array]:
         return first, second
     low, high = entries
     first = (high << 16) | (low & 0xFFFF)
-    second = (high & -0x10000) | lax.shift_right_logical(low, 16)
+    second = (high & -0x10000) | lax.shift_right_logical(low, np.int32(16))
     return lax.bitcast_convert_type(first, dtype), lax.bitcast_convert_type(second, dtype)
 
 
@@ -144,8 +163,9 @@ def decode_tile(
     ]
     halves = []
     for half in range(tiling.halves):
-        where = (pl.ds(row, rows), pl.ds(tile * units, units), pl.ds(4 * half, 4))
-        words = load(refs["words"].at[where], words_inside)
+        part = (pl.ds(row, rows), pl.ds(tile * units, units), pl.ds(4 * half, 4))
+        where = (*_place(refs, "words", len(part)), *part)
+        words = load(refs["words"].at[where], words_inside, cached=tiling.halves > 1)
         halves.append(decode_words(words, wide, dtype).reshape(rows, units * HALF))
     return halves
 

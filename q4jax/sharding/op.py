@@ -76,6 +76,15 @@ class ShardedOp:
         """Compute one device's results from its operands."""
         raise NotImplementedError
 
+    def has_stack(self, *operands: Any) -> bool:
+        """Whether an operand is a stack with an index, not to be repeated for each of a batch."""
+        del operands
+        return False
+
+    def without_stacks(self, *operands: Any) -> tuple[Any, ...]:
+        """Return the operands with what the indices name in the place of the stacks."""
+        return operands
+
     def visible_to_compiler(self, mesh_axes: MeshAxes) -> "ShardedOp":
         """The same op in operations that the compiler can partition over `mesh_axes`.
 

@@ -1,7 +1,8 @@
 """Run an op on the caller's mesh.
 
 - Without a mesh, or on Auto axes, through `custom_partitioning`: the compiler propagates shardings
-  by the op's rule, asks how to split the op, and moves what that needs.
+  by the op's rule, asks how to split the op, and moves what that needs. XLA for TPU has no such
+  thing, and there Auto axes are an error.
 - On Explicit axes, through `shard_map`, by the same choice from the shardings in the types.
 - Inside the caller's `shard_map`, on Manual axes: the operands are shards already.
 
@@ -30,6 +31,7 @@ from q4jax.sharding.axes import (
 )
 from q4jax.sharding.op import Shard, ShardedOp
 from q4jax.sharding.propagation import mesh_axes_of_sharding, mesh_from_context, sharding_rule
+from q4jax.sharding.refusal import refuse_auto_axes
 from q4jax.sharding.strategy import check_weight, choose_split
 
 
@@ -43,7 +45,8 @@ def run(op: ShardedOp, *operands: Any) -> tuple[Array, ...]:
     Raises:
       ValueError: on Explicit axes, for the reasons of `check_weight`. On Auto axes these are found
         when the program is compiled, as a `jax.errors.JaxRuntimeError` with the same text.
-      NotImplementedError: the mesh has both Auto and Explicit axes.
+      NotImplementedError: the mesh has both Auto and Explicit axes. Lowered for several TPUs: its
+        axes are Auto.
     """
     flat, tree = jax.tree.flatten(operands)
     return tuple(_batched(op, tree, 0)(*flat))
@@ -143,15 +146,20 @@ def _batched(op: ShardedOp, tree: Any, lead: int) -> Callable[..., tuple[Array, 
                 f"4-bit weights on a mesh whose axes are Auto {auto} and Explicit {explicit}: "
                 "make them of one type"
             )
-        if explicit:
-            return _explicit(call, flat, mesh, explicit)
+        if explicit or (not axes and AxisType.Explicit in mesh.axis_types):
+            # Those of size 1 too, which are in the operands' types.
+            types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+            names = tuple(name for name, kind in types if kind == AxisType.Explicit)
+            return _explicit(call, flat, mesh, names)
         if auto and AxisType.Manual in axes:
             # There the compiler does not say how operands are sharded: it must see the computation.
             visible = dataclasses.replace(call, op=op.visible_to_compiler(auto))
             return visible.on_shard(_UNSHARDED)(*flat)
-        if mesh.axis_names and not auto:
+        # Without `jit` there is no program that a compiler could partition.
+        if (mesh.axis_names and not auto) or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return call.on_shard(_UNSHARDED)(*flat)
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in flat)
+        flat = refuse_auto_axes(op.name, flat)
         return _auto(call, shapes, tuple(mesh.shape.items()))(*flat)
 
     @on_mesh.def_vmap
@@ -161,6 +169,13 @@ def _batched(op: ShardedOp, tree: Any, lead: int) -> Callable[..., tuple[Array, 
             rows = jnp.moveaxis(flat[0], 0, lead)
             results = _batched(op, tree, lead)(rows, *flat[1:])
             return tuple(jnp.moveaxis(r, lead, 0) for r in results), (True,) * len(results)
+        if op.has_stack(*jax.tree.unflatten(tree, flat)):
+
+            def one(*flat: Array) -> tuple[Array, ...]:
+                return run(op, *op.without_stacks(*jax.tree.unflatten(tree, flat)))
+
+            results = jax.vmap(one, tuple(0 if b else None for b in batched))(*flat)
+            return results, (True,) * len(results)
         full = [
             a if b else jnp.broadcast_to(a, (size, *a.shape))
             for a, b in zip(flat, batched, strict=True)

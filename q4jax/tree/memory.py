@@ -1,14 +1,18 @@
 """`memory_report` and `trainable_report`: bytes and counts of a model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from q4jax.core.html import html_table
+from q4jax.linen.variables import COLLECTION
 from q4jax.nnx.variables import Frozen4bit, is_variable
 from q4jax.ops.params import Params4bit
+from q4jax.tree.leaves import find_weights, in_weight, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,8 @@ class MemoryReport:
       quantized_weights: elements of the weights that are 4-bit.
       original_bytes: what those weights took before quantization.
       other_weights: elements of everything else, adapters apart.
-      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`.
+      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`; those of
+        Linen's "params" that are not 4-bit.
     """
 
     code_bytes: int
@@ -52,6 +57,16 @@ class MemoryReport:
         return stored / self.quantized_weights if self.quantized_weights else 0.0
 
     def __str__(self) -> str:
+        rows = self._rows()
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"{name:<{width}}  {size:>15}" for name, size in rows]
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        return html_table(("part", "size"), self._rows(), self._summary())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """The parts that the model has, with their sizes."""
         rows = [
             ("4-bit codes", self.code_bytes),
             ("4-bit scales", self.scale_bytes),
@@ -60,14 +75,14 @@ class MemoryReport:
             ("total", self.total_bytes),
             ("before quantization", self.dense_bytes),
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {size / 1e6:>12,.3f} MB" for name, size in rows if size]
+        return [(name, f"{size / 1e6:,.3f} MB") for name, size in rows if size]
+
+    def _summary(self) -> str:
         total = self.quantized_weights + self.other_weights
-        lines.append(
+        return (
             f"{self.quantized_weights:,} of {total:,} weights in 4 bits, "
             f"{self.bits_per_weight:.3f} bits each; {self.trainable:,} trainable"
         )
-        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +144,18 @@ def trainable_report(model: Any) -> TrainableReport:
 
 
 def memory_report(model: Any) -> MemoryReport:
-    """Count the bytes by part, the bits per weight and the trained parameters of an nnx model.
+    """Count the bytes by part, the bits per weight and the trained parameters of a model.
 
     A Variable that is shared counts once. Bytes are those of the logical arrays, so on a mesh
     they are summed over shards, with replicas counted once.
 
     Args:
-      model: an nnx module, concrete or abstract.
+      model: an nnx module, or the variables of a Linen model (`{"params": ..., "quant": ...}`, as
+        `merge_quantized` returns them, too); concrete or abstract.
 
     Raises:
-      TypeError: not an nnx module.
+      TypeError: neither an nnx module nor a dict.
+      ValueError: a dict that has no collection "params" or "quant", or an incomplete 4-bit weight.
 
     Examples:
       >>> import q4jax
@@ -152,32 +169,63 @@ def memory_report(model: Any) -> MemoryReport:
       before quantization         4.198 MB
       1,048,576 of 1,049,600 weights in 4 bits, 4.127 bits each; 1,024 trainable
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
+    if isinstance(model, nnx.Module):  # nnx.Dict, too, which is a Mapping
+        weights, rest = _of_module(model)
+    elif isinstance(model, Mapping):
+        weights, rest = _of_variables(model)
+    else:
+        raise TypeError(
+            f"model must be an nnx.Module or a dict of Linen variables, got {type(model).__name__}"
+        )
     code_bytes = scale_bytes = lora_bytes = quantized = original = other = lora = params = 0
     other_bytes: dict[str, int] = {}
-    for weight in _weights(model):
+    for weight in weights:
         state = weight.quant_state
         size = int(np.prod(state.shape))
         quantized += size
         original += size * state.dtype.itemsize
         code_bytes += _nbytes(weight.packed)
         scale_bytes += sum(map(_nbytes, jax.tree.leaves(state, is_leaf=is_variable)))
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if isinstance(variable, Frozen4bit):
-            continue
-        size = int(np.prod(variable.shape))
-        if isinstance(variable, nnx.LoRAParam):
-            lora_bytes += _nbytes(variable)
+    for part, kind, leaf in rest:
+        size = int(np.prod(leaf.shape))
+        if issubclass(kind, nnx.LoRAParam):
+            lora_bytes += _nbytes(leaf)
             lora += size
             continue
         other += size
-        params += size if isinstance(variable, nnx.Param) else 0
-        part = str(path[0])
-        other_bytes[part] = other_bytes.get(part, 0) + _nbytes(variable)
+        params += size if issubclass(kind, nnx.Param) else 0
+        other_bytes[part] = other_bytes.get(part, 0) + _nbytes(leaf)
     return MemoryReport(
         code_bytes, scale_bytes, other_bytes, lora_bytes, quantized, original, other, lora or params
     )
+
+
+# What is not in 4 bits: the part of the model, the type of Variable, and the Variable or array.
+_Rest = list[tuple[str, type[Any], Any]]
+
+
+def _of_module(model: nnx.Module) -> tuple[list[Params4bit], _Rest]:
+    state = nnx.to_flat_state(nnx.state(model))
+    rest = [(str(path[0]), type(v), v) for path, v in state if not isinstance(v, Frozen4bit)]
+    return _weights(model), rest
+
+
+def _of_variables(variables: Mapping[str, Any]) -> tuple[list[Params4bit], _Rest]:
+    """Return the parts of Linen's variables: modules of "params", and other collections."""
+    if not any(isinstance(variables.get(name), Mapping) for name in ("params", COLLECTION)):
+        raise ValueError(
+            f"variables must hold a dict 'params' or {COLLECTION!r}, got the keys {list(variables)}"
+        )
+    found = leaves(variables)
+    weights = find_weights(found)
+    rest: _Rest = [
+        (str(path[1]), nnx.Param, leaf)
+        if path[0] == "params"
+        else (str(path[0]), nnx.Variable, leaf)
+        for path, leaf in found.items()
+        if hasattr(leaf, "dtype") and not in_weight(path, weights)  # a collection may hold numbers
+    ]
+    return list(weights.values()), rest
 
 
 def _weights(model: nnx.Module) -> list[Params4bit]:

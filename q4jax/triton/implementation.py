@@ -1,6 +1,7 @@
 """The implementation "triton": the products by kernels in official Triton."""
 
 import importlib
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,13 +12,17 @@ from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
-from q4jax.gpu.requirements import check_rows
+from q4jax.gpu.requirements import check_rows, check_size
 from q4jax.triton.requirements import check
 
 _UNSUPPORTED = (
     "implementation='triton' has the products and their gradients only; "
     "to {} a weight, 'pallas', 'xla' and None work"
 )
+
+
+# Of the up to 256 rows of a tile, the first has a 64-bit address, to which the kernels add.
+_LONGEST_AXIS = 2**31 // 256 - 256
 
 
 class Triton:
@@ -29,6 +34,7 @@ class Triton:
     """
 
     name = "triton"
+    takes_stacks = False
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
         """Raise NotImplementedError: there is no such kernel."""
@@ -65,6 +71,12 @@ class Triton:
     def _check(self, spec: QuantSpec) -> None:
         check()
         check_rows("triton", spec)
+        check_size("triton", math.prod(spec.shape) // spec.blocksize)
+        if max(spec.shape) > _LONGEST_AXIS:
+            raise NotImplementedError(
+                f"implementation='triton' serves weights of at most {_LONGEST_AXIS} rows and "
+                f"columns, not {spec.shape}: 32 bits hold a tile's addresses; 'xla' and None work"
+            )
 
 
 def _launch() -> Any:

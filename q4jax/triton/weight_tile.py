@@ -35,9 +35,13 @@ def stride(plan, name):
 
 
 @triton.jit
-def load(pointers, mask):
-    """Load from pointers; 0 where masked."""
-    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
+def load(pointers, mask, CACHE: tl.constexpr = ""):
+    """Load from pointers; 0 where masked. `CACHE` ".ca" is `cached` of the Pallas kernels."""
+    if mask is None:
+        values = tl.load(pointers, cache_modifier=CACHE)
+    else:
+        values = tl.load(pointers, mask=mask, other=0, cache_modifier=CACHE)
+    return values
 
 
 @triton.jit
@@ -124,7 +128,8 @@ def load_words(packed, row, tile, HALF: tl.constexpr, PLAN: tl.constexpr):
     words = packed.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64) * width
     mask = below(units, T.shape[1] // T.unit, PLAN.masked_k, None)
     mask = below(row + rows, T.shape[0], PLAN.masked_n, mask)
-    return load(words + (rows * width + units * (T.unit // 8) + lanes), mask)
+    cache: tl.constexpr = ".ca" if T.halves > 1 else ""
+    return load(words + (rows * width + units * (T.unit // 8) + lanes), mask, cache)
 
 
 @triton.jit

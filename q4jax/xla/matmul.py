@@ -6,6 +6,7 @@ lookup is one 64-bit load. The tile then goes through one dot while it is still 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def decode_first(
     x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec, transpose: bool
 ) -> Array:
     """Decode the weight, then compute one dot: `x @ W.T + bias`, or `x @ W` where `transpose`."""
-    return _finish(_dot(x, arrays, spec, transpose=transpose), bias, x.dtype)
+    return finish(_dot(x, arrays, spec, transpose=transpose), bias, x.dtype)
 
 
 def tiled(
@@ -54,8 +55,8 @@ def tiled(
     """
     absmax = blockwise.decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset)
     if not spec.in_rows:
-        y = _tiled_flat(x, arrays.packed, absmax, spec, transpose=transpose)
-        return _finish(y, bias, x.dtype)
+        y = tiled_flat(x, arrays.packed, absmax, spec, _dot, transpose=transpose)
+        return finish(y, bias, x.dtype)
     return _tiled_rows(x, arrays.packed, absmax, bias, spec, transpose, elements, upcast)
 
 
@@ -66,9 +67,9 @@ def _dot(x: Array, arrays: WeightArrays, spec: QuantSpec, *, transpose: bool) ->
     return lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
 
 
-def _finish(y: Array, bias: Array | None, dtype: np.dtype[Any]) -> Array:
-    """Add the bias in float32, then round once."""
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype)
+def finish(y: Array, bias: Array | None, dtype: np.dtype[Any]) -> Array:
+    """Add the bias in float32, then round once to `dtype`."""
+    return (y if bias is None else y + bias[None].astype(jnp.float32)).astype(dtype)
 
 
 def _column_tile(columns: int, blocksize: int) -> int:
@@ -139,17 +140,32 @@ def _tiled_rows(
         zero = None if chunk == contraction else jnp.zeros((m, size), jnp.float32)
         total = fold(contraction, chunk, add, zero)  # [M, size]
         if bias is not None:
-            total += lax.dynamic_slice_in_dim(bias, start, size).astype(jnp.float32)
+            total += lax.dynamic_slice_in_dim(bias, start, size)[None].astype(jnp.float32)
         return lax.dynamic_update_slice_in_dim(y, as_bits(total.astype(x.dtype)), start, 1)
 
     y = fold(outputs, size, tile, jnp.zeros((m, outputs), x_bits.dtype))
     return as_float(y, x.dtype)
 
 
-def _tiled_flat(
-    x: Array, packed: Array, absmax: Array, spec: QuantSpec, *, transpose: bool
+def tiled_flat(
+    x: Array,
+    packed: Array,
+    absmax: Array,
+    spec: QuantSpec,
+    dot: Callable[..., Array],
+    *,
+    transpose: bool,
 ) -> Array:
-    """The product in float32 where blocks cross rows: tiles are whole rows, blocks and bytes."""
+    """Compute the product in float32 where blocks cross rows, by tiles of whole rows and blocks.
+
+    Args:
+      x: `[M, K]`, or `[M, N]` where `transpose`.
+      packed: the codes.
+      absmax: the plain scales.
+      spec: the weight's description.
+      dot: the product with a tile, `dot(x, arrays, spec, transpose=)`, in float32.
+      transpose: whether to compute `x @ W` instead of `x @ W.T`.
+    """
     n, k = spec.shape
     unit = math.lcm(spec.blocksize, 2 * k) // k
     rows = unit * max(1, _FLAT_TILE_ROWS // unit)
@@ -161,7 +177,7 @@ def _tiled_flat(
         codes = lax.dynamic_slice_in_dim(packed, first_byte, tile.packed_shape[0])
         scales = lax.dynamic_slice_in_dim(absmax, first_block, tile.absmax_shape[0])
         xs = lax.dynamic_slice_in_dim(x, i * rows, size, 1) if transpose else x
-        return _dot(xs, WeightArrays(codes, scales, None, None), tile, transpose=transpose)
+        return dot(xs, WeightArrays(codes, scales, None, None), tile, transpose=transpose)
 
     tiles, rest = divmod(n, rows)
     last = [part(tiles, rest)] if rest else []

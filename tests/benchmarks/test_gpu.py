@@ -5,7 +5,7 @@ import types
 
 import jax
 import pytest
-from gpubench import bench, clock, device, goals, report, run, timings, tune
+from gpubench import bench, clock, device, goals, report, run, timings, tools, tune
 
 from q4jax.gpu import tiles
 from q4jax.pallas import matmul as linear
@@ -25,42 +25,72 @@ def fresh():
     jax.clear_caches()
 
 
+@pytest.fixture
+def dry(tmp_path):
+    """A step of a dry run in a folder of its own; its exit code and what it wrote."""
+
+    def step(name):
+        code = run.main(["--step", name, "--dry-run", "--out", str(tmp_path), "--threads", "2"])
+        return code, json.loads((tmp_path / f"{name}.json").read_text())
+
+    yield step
+    tiles.use_table(None)
+
+
 @pytest.mark.heavy
 @pytest.mark.usefixtures("fresh")
-def test_dry_run(tmp_path, capsys):
-    assert run.main(["--dry-run", "--out", str(tmp_path), "--threads", "2"]) == 0
-    assert capsys.readouterr().out.count("figures mean nothing") == 2
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["dry_run"]
+def test_dry_run(dry, tmp_path, capsys):
+    """Each step in turn, what it writes, and what the next one takes from it."""
+    before = tune.TABLE.read_bytes()
+    code, results = dry("check")
+    out = capsys.readouterr().out
+    assert (code, out.count("figures mean nothing"), results["failures"]) == (0, 1, [])
+    assert out.rstrip().endswith("**Nothing failed.**")
     assert results["about"]["versions"]["jax"] == jax.__version__
     check = results["checks"]["pallas_interpret"]
-    assert (check["run"], check["failures"], check["refused"]) == (7, [], [])
+    assert (check["run"], check["failures"], check["refused"]) == (5, [], [])
+    assert set(results["sanitizer"]) == {"memcheck", "racecheck"}
+    assert "ended with 0" in results["sanitizer"]["memcheck"]["unavailable"]
+
+    code, results = dry("tune")
+    assert (code, results["failures"]) == (0, [])
+    tried = [entry for entry in results["tuning"] if "tried" in entry]
+    assert [(entry["row"], entry["tried"]) for entry in tried] == [
+        ("linear 16 bits M <= 16", 2),
+        ("linear_transpose 16 bits M <= 16", 2),
+    ]
+    ratios = {e["operation"]: e["kernel is faster by"] > 0 for e in results["tuning"] if "m" in e}
+    assert ratios == {"linear": True, "linear_transpose": True}
+    proposed = json.loads((tmp_path / "tiles.json").read_text())
+    assert proposed.keys() == json.loads(before).keys()
+
+    code, results = dry("measure")
+    assert (code, results["failures"], results["dropped"]) == (0, [], [])
+    assert results["tiles"] == "those that --step tune proposes"
     assert set(results["rates"]) == {"copy_bytes_per_second", "bf16_flop_per_second"}
     assert results["clock"]["kind"] == "wall"
-    assert not results["dropped"]
-    assert not results["timing_failures"]
     rows = {(row["operation"], row["m"]): row for row in results["rows"]}
-    products = [(name, m) for name in ("linear", "linear_transpose") for m in (1, 5)]
+    products = [(name, 1) for name in ("linear", "linear_transpose")]
     assert set(rows) == {*products, ("dequantize", 0), ("quantize", 0)}
     for row in rows.values():
         assert set(row) == ROW_KEYS
         assert min(row["us"].values()) > 0
         assert set(row["fraction_of_floor"]) == set(row["us"])
-    others = {"dense", "dequantize + dot", "xla"}
-    assert set(rows["linear", 5]["against"]) == others
-    assert set(rows["linear_transpose", 1]["against"]) == {*others, "dense by XLA"}
+    times = {"dense", "dense by XLA", "dequantize + dot", "xla", "pallas_interpret"}
+    assert set(rows["linear_transpose", 1]["us"]) == times
     [goal] = rows["linear", 1]["goals"]
     assert (goal["metric"], goal["floor"], goal["aim"]) == ("x dense", 2.2, 2.7)
-    assert goal["verdict"] in ("aim", "floor", "missed")
     assert {line["regime"] for line in results["summary"]} >= {"dequantize", "linear, M = 1"}
-    table = (tmp_path / "table.md").read_text()
-    assert "mean nothing" in table
-    assert "| 64 x 128 | 5 | pallas_interpret |" in table
+    assert "mean nothing" in (tmp_path / "measure.md").read_text()
+
+    assert tune.TABLE.read_bytes() == before
+    files = {f"{step}.{kind}" for step in run.STEPS for kind in ("json", "md")}
+    assert {p.name for p in tmp_path.iterdir()} - {"measure.png"} == {*files, "tiles.json"}
 
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("fresh")
-def test_a_wrong_kernel_is_named_and_red(tmp_path, monkeypatch, capsys):
+def test_a_wrong_kernel_is_named_last_and_the_others_are_timed(dry, monkeypatch, capsys):
     right = linear.linear
 
     def wrong(*args, **kwargs):
@@ -68,15 +98,62 @@ def test_a_wrong_kernel_is_named_and_red(tmp_path, monkeypatch, capsys):
         return y.at[-1, -1].add(1)
 
     monkeypatch.setattr(linear, "linear", wrong)
-    arguments = ["--dry-run", "--check-only", "--out", str(tmp_path), "--threads", "2"]
-    assert run.main(arguments) == 1
-    results = json.loads((tmp_path / "gpu.json").read_text())
+    code, results = dry("check")
     failures = results["checks"]["pallas_interpret"]["failures"]
+    assert code == 1
     assert {failure["operation"] for failure in failures} == {"linear"}
-    assert len(failures) == 3
+    assert len(failures) == len(results["failures"]) == 2
     assert "outside the bound" in failures[0]["reason"]
-    assert "FAILED linear nf4 bfloat16 b64 nested [24, 128] M=3" in capsys.readouterr().out
-    assert "rows" not in results
+    last = capsys.readouterr().out.rstrip().splitlines()[-3:]
+    assert last[0] == "**2 failed**"
+    case = "pallas_interpret: linear nf4 bfloat16 b64 nested [24, 128] M=3"
+    assert last[1].startswith(f"- FAILED {case}: ")
+    code, results = dry("measure")
+    times = {row["operation"]: set(row["us"]) for row in results["rows"]}
+    assert "pallas_interpret" not in times["linear"]
+    assert "pallas_interpret" in times["linear_transpose"]
+
+
+def test_a_step_that_fails_is_named(dry, monkeypatch):
+    """What it had found is written all the same."""
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(run, "set_clock", fail)
+    code, results = dry("measure")
+    assert (code, results["tiles"]) == (1, "the package's")
+    [failure] = results["failures"]
+    assert failure == {"case": "step measure", "reason": "RuntimeError: no memory"}
+
+
+def test_outputs_of_the_tools():
+    good = "========= ERROR SUMMARY: 0 errors\n"
+    assert tools.sanitized(0, good) == {"summary": "ERROR SUMMARY: 0 errors"}
+    bad = "========= Invalid __global__ read of size 16 bytes\n========= ERROR SUMMARY: 3 errors\n"
+    assert tools.sanitized(0, bad) == {
+        "error": "exit code 0: ERROR SUMMARY: 3 errors Invalid __global__ read of size 16 bytes"
+    }
+    race = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    assert "1 hazard displayed" in tools.sanitized(0, race)["error"]
+    assert tools.sanitized(1, good)["error"].startswith("exit code 1")
+    assert tools.sanitized(0, "killed") == {"error": "exit code 0:"}
+    name = "lts__t_sectors_op_read.sum"
+    text = (
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        f'"0","q4jax_linear","{name}","sector","7"\n'
+        f'"1","q4jax_linear","{name}","sector","262,144"\n'
+        '"1","q4jax_linear","other","","5"\n'
+    )
+    assert tools.counted(text) == {name: "262,144 sector"}
+    assert tools.counted("==ERROR== no permission") == {}
+
+
+def test_a_tool_that_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(tools.shutil, "which", lambda *_, **__: None)
+    assert tools.counters(1, False) == {"unavailable": "ncu is not installed"}
+    missing = {"unavailable": "compute-sanitizer is not installed"}
+    assert tools.sanitize(1, False) == {"memcheck": missing, "racecheck": missing}
 
 
 def fake_bench(left=100.0):
@@ -109,16 +186,20 @@ def test_what_time_does_not_allow_is_named():
     assert dropped == [f"{rows[0]}: dense, pallas, dequantize + dot", f"{rows[0]}: xla"]
 
 
-def test_without_a_gpu(monkeypatch, capsys):
+def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(device, "gpu", lambda: None)
-    assert run.main([]) == 2
+    assert run.main(["--step", "check", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_leaves_no_results_and_no_table_behind(capsys):
-    assert run.main(["--dry-run"]) == 2
-    assert run.main(["--dry-run", "--out", "x", "--tune"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+@pytest.mark.parametrize("missing", ["--step", "--out"])
+def test_arguments_that_must_be_given(missing, capsys):
+    argv = {"--step": "check", "--out": "x"}
+    del argv[missing]
+    with pytest.raises(SystemExit):
+        run.main([text for pair in argv.items() for text in pair])
+    assert missing in capsys.readouterr().err
 
 
 def test_order_of_rows():
@@ -230,6 +311,7 @@ def test_a_tile_is_tried_without_being_in_the_table():
 def test_table_is_written_as_it_is_laid_out(tmp_path):
     table = json.loads(tune.TABLE.read_text())
     tune.save(table, tmp_path / "tiles.json")
+    tiles.use_table(None)
     assert (tmp_path / "tiles.json").read_text() == tune.TABLE.read_text()
     assert tiles.crossover("linear", "bfloat16") == table["crossover"]["linear"]["16 bits"]
 
@@ -254,13 +336,16 @@ def test_pytorch_missing_is_said(monkeypatch):
     assert (about["unavailable"], times) == ("ModuleNotFoundError: no torch", {})
 
 
-def test_table_names_failures():
+def test_table_names_failures_last():
     failure = {"case": "linear nf4", "reason": "3 of 480 outside"}
     results = {
+        "step": "check",
         "about": {"device": "GPU", "date": "today", "python": "3", "versions": {"jax": "1"}},
         "dry_run": False,
         "checks": {"pallas": {"run": 2, "failures": [failure]}, "triton": {"unavailable": "no"}},
+        "failures": [failure],
     }
     text = report.table(results)
-    assert "- `pallas`: 2 checks, 1 failed\n  - linear nf4: 3 of 480 outside\n" in text
+    assert "- `pallas`: 2 checks, 1 failed\n" in text
     assert "- `triton` is not available: no" in text
+    assert text.endswith("**1 failed**\n- FAILED linear nf4: 3 of 480 outside\n")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import q4jax
 from q4jax import checkpoint
 from q4jax.cli.main import main
 from q4jax.interop import huggingface, peft
+from q4jax.models import Llama, LlamaConfig
 from tests.support.vectors import GOLDEN
 
 LLAMA = GOLDEN / "llama_tiny_bnb4"
@@ -64,13 +66,20 @@ def test_full_precision_is_quantized(tmp_path, capsys):
     tree = {f"{n}.weight": rng.normal(size=(64, 128)).astype("f4") for n in ("up", "lm_head", "x")}
     huggingface.save_directory(tree, tmp_path / "full", {"model_type": "own"})
     settings = ["--quantize", "fp4", "--blocksize", "128", "--plain", "--skip", "x"]
+    settings += ["--modules", ".*"]
     arguments = ["convert", tmp_path / "full", tmp_path / "out", "--to", "orbax", *settings]
     assert run(capsys, *arguments)[0] == 0
     weights = checkpoint.restore(tmp_path / "out")["weights"]
     expected = q4jax.Params4bit.quantize(jnp.asarray(tree["up.weight"]), 128, False, "fp4")
     assert q4jax.fingerprint({"w": weights["up.weight"]}) == q4jax.fingerprint({"w": expected})
+    for name in ("lm_head.weight", "x.weight"):
+        np.testing.assert_array_equal(weights[name], tree[name])
+    head = [*arguments[:2], tmp_path / "head", *arguments[3:], "--quantize-head"]
+    assert run(capsys, *head)[0] == 0
+    weights = checkpoint.restore(tmp_path / "head")["weights"]
     assert weights["lm_head.weight"].quant_state.quant_type == "fp4"
-    np.testing.assert_array_equal(weights["x.weight"], tree["x.weight"])
+    code, out = run(capsys, *head, "--skip", "layers.9")
+    assert (code, "skip has 'layers.9', which no module matches" in out) == (1, True)
     code, out = run(capsys, *arguments)
     assert (code, f"{tmp_path / 'out'} exists already" in out) == (3, True)
     code, out = run(capsys, "convert", tmp_path / "out", tmp_path / "o", "--to", "orbax", *settings)
@@ -147,3 +156,31 @@ def test_the_module_runs():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].startswith("21 tensors")
     assert subprocess.run([*command[:3], "dance"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [(jax.random.key(0), r"key<fry>"), (3, "int"), ("text", "str")]
+)
+@pytest.mark.parametrize("target", ["bitsandbytes", "huggingface"])
+def test_what_a_format_does_not_hold_is_one_line(tmp_path, capsys, leaf, kind, target):
+    checkpoint.save(tmp_path / "c", {"x": jnp.ones(3), "other": leaf})
+    code, text = run(capsys, "convert", tmp_path / "c", tmp_path / "out", "--to", target)
+    assert code == 4
+    assert text.startswith(f"q4jax: other is of type {kind}, which {target} files do not hold")
+    assert text.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_a_model_says_how_to_convert_it(tmp_path, capsys):
+    config = LlamaConfig(64, 64, 64, 2, 2, 2, 32)
+    model = q4jax.quantize_model(Llama(config, rngs=nnx.Rngs(0)), blocksize=32)
+    model = q4jax.add_lora(model, 2, 2)
+    checkpoint.save(tmp_path / "run", {"model": model})
+    for target in ("huggingface", "bitsandbytes"):
+        convert = ["convert", tmp_path / "run", tmp_path / "new", "--to", target]
+        code, out = run(capsys, *convert)
+        assert code == 4
+        assert "is a stack of layers" in out
+        assert "q4jax.models.save_pretrained, after q4jax.merge_lora" in out
+        assert "python -m q4jax merge" in out and out.count("\n") == 1
+        assert not (tmp_path / "new").exists()

@@ -131,3 +131,10 @@ def test_frozen():
 def test_refuses(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SPEC, **{field: value})
+
+
+def test_one_axis_of_codes_is_counted_in_int32():
+    assert QuantSpec("nf4", 64, 0, "float32", (2**26 - 1, 63)).packed_shape == (2113929185,)
+    with pytest.raises(ValueError, match=r"shape \(100000000, 50\) has 5000000000 elements in one"):
+        QuantSpec("nf4", 64, 0, "float32", (100_000_000, 50))
+    assert QuantSpec("nf4", 64, 0, "float32", (100_000_000, 64)).in_rows

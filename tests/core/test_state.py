@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -87,6 +88,13 @@ def scalars(**values):
     return change
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_tables_that_torch_wrote_in_another_default_dtype_are_read(state, dtype):
+    d = state.as_dict()
+    d["quant_map"] = d["quant_map"].astype(dtype)
+    assert QuantState.from_dict(d).spec == state.spec
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,7 +115,18 @@ def scalars(**values):
         (with_(nested_absmax=np.zeros(1, np.float16)), "nested_absmax must be .* got float16"),
         (with_(quant_map=np.zeros(16, np.float32)), "quant_map is not the standard table"),
         (with_(quant_map=oracle.FP4), "quant_map is not the standard table"),
+        (with_(quant_map=oracle.NF4.astype(np.int32)), "quant_map must be float32 or .* got int32"),
+        (with_(quant_map=oracle.NF4[:15]), "quant_map is not the standard table"),
+        (with_(quant_map=oracle.NF4.astype(ml_dtypes.bfloat16) * 1.05), "quant_map is not the"),
         (with_(nested_quant_map=DYNAMIC_MAP[::-1]), "nested_quant_map is not the standard table"),
+        (
+            with_(nested_quant_map=DYNAMIC_MAP.astype(ml_dtypes.bfloat16)),
+            "nested_quant_map must be float32 or float64, got bfloat16",
+        ),
+        (
+            with_(nested_quant_map=DYNAMIC_MAP.astype(np.float16).astype("f4")),
+            "nested_quant_map is not the standard table",
+        ),
         (with_(**{JSON: np.zeros(3, np.float32)}), r"must be uint8 \[n\] of JSON, got float32"),
         (with_(**{JSON: np.array([255, 254], np.uint8)}), "does not hold JSON"),
         (with_(**{JSON: np.frombuffer(b"{", np.uint8)}), "does not hold JSON"),
@@ -126,7 +145,7 @@ def scalars(**values):
         (scalars(nested_dtype="float16"), "nested_dtype must be 'float32', got 'float16'"),
         (scalars(nested_offset="1"), "nested_offset must be a finite number, got '1'"),
         (scalars(nested_offset=float("nan")), "nested_offset must be a finite number, got nan"),
-        (scalars(nested_offset=None), "nested_offset must be a finite number, got None"),
+        (scalars(nested_offset=None), "nested_offset must be an array of numbers, got NoneType"),
         (lambda d: {}, "exactly one `quant_state` item expected"),
     ],
 )
@@ -176,3 +195,31 @@ def test_a_plain_state_holds_no_nested_arrays():
     wrong = QuantState(state.absmax, jnp.zeros(1), jnp.zeros(()), state.spec)
     with pytest.raises(ValueError, match="nested_absmax and offset must be None in a plain"):
         q4jax.dequantize_4bit(jnp.zeros((4, 64), jnp.uint8), wrong)
+
+
+@pytest.mark.parametrize(
+    "value", [1e300, -1e39, 10**400, 10**5000, None, np.array([None]), "x"], ids=range(7)
+)
+def test_an_offset_that_float32_cannot_hold_is_refused(value):
+    _, state = q4jax.quantize_4bit(jnp.ones((2, 64)), compress_statistics=True)
+    d = state.as_dict(packed=False) | {"nested_offset": value}
+    with pytest.raises(ValueError, match="nested_offset must be"):
+        q4jax.QuantState.from_dict(d)
+
+
+def test_values_that_are_no_arrays_are_named():
+    class Tensor:
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError("call detach() first")
+
+    weight = q4jax.Params4bit.quantize(jnp.ones((2, 64)))
+    stats = weight.quant_state.as_dict()
+    for data, message in ((None, "data must be an array"), (Tensor(), "data cannot be .* detach")):
+        with pytest.raises(ValueError, match=message):
+            q4jax.Params4bit.from_prequantized(data, stats)
+    with pytest.raises(ValueError, match="quantized_stats must be a dict of arrays, got NoneType"):
+        q4jax.Params4bit.from_prequantized(weight.packed, None)
+    with pytest.raises(ValueError, match="absmax cannot be read"):
+        q4jax.QuantState.from_dict(stats | {"absmax": Tensor()})
+    with pytest.raises(ValueError, match="keys of a quant state must be str, got 3"):
+        q4jax.QuantState.from_dict(stats | {3: 1})

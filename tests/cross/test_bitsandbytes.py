@@ -1,8 +1,11 @@
 """State dicts and files between bitsandbytes and q4jax, both ways."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import q4jax
 from q4jax.interop import bitsandbytes as bnb
@@ -115,3 +118,57 @@ def test_our_layer_there_computes_the_same(nested, tmp_path):
     y = q4jax.matmul_4bit(jnp.asarray(x.numpy()), ours)
     # Nested: their table is one code off for some of the scales.
     assert np.abs(y - expected).max() <= (5e-3 if nested else 1e-6) * np.abs(expected).max()
+
+
+def test_the_defaults_that_differ_are_those_in_the_guide():
+    import bitsandbytes
+    import bitsandbytes.nn.parametrize
+
+    def default(function, name):
+        return inspect.signature(function).parameters[name].default
+
+    assert default(q4jax.QuantState.as_dict, "packed") is True
+    assert default(bitsandbytes.functional.QuantState.as_dict, "packed") is False
+    assert default(q4jax.Params4bit.quantize, "quant_type") == "fp4"
+    replace = bitsandbytes.nn.parametrize.replace_parameter_4bit
+    assert default(replace, "quant_type") == "nf4"
+
+
+def test_their_embedding_needs_a_layer_with_plain_scales():
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Embedding4bit(96, 128).to("cpu")
+    packed = layer.weight.quant_state.as_dict(packed=True)
+    weights = {"weight": layer.weight.data, **{f"weight.{k}": v for k, v in packed.items()}}
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    with pytest.raises(ValueError, match="weight is .*_n0_.*, the model's is .*_n256_"):
+        bnb.load_state_dict(q4jax.Embedding4bit(96, 128, rngs=nnx.Rngs(0)), arrays)
+    plain = q4jax.Embedding4bit(96, 128, compress_statistics=False, rngs=nnx.Rngs(0))
+    loaded = bnb.load_state_dict(plain, arrays)
+    codes = layer.weight.data.numpy().ravel()
+    np.testing.assert_array_equal(np.ravel(loaded.weight.packed[...]), codes)
+
+
+def test_a_float32_bias_and_the_dtype_of_a_result_differ():
+    import bitsandbytes
+    import torch
+
+    w, x = random("float32"), random("bfloat16", (8, 128))
+    bias = 8 * random("float32", (96,))
+    layer = bitsandbytes.nn.Linear4bit(128, 96, quant_type="nf4", compress_statistics=False)
+    layer.load_state_dict({"weight": w, "bias": bias})
+    layer = layer.to("cpu")
+    expected = layer(x).detach().float().numpy()
+    weight = q4jax.quantize_4bit(jnp.asarray(w.numpy()), quant_type="nf4")
+    inputs = jnp.asarray(x.float().numpy(), jnp.bfloat16)
+    exact = jnp.asarray(bias.numpy())
+    ours, rounded = (
+        np.asarray(q4jax.matmul_4bit(inputs, *weight, bias=b), np.float32)
+        for b in (exact, exact.astype(jnp.bfloat16))
+    )
+    assert np.abs(ours - expected).max() > np.abs(rounded - expected).max()
+
+    theirs_16 = bitsandbytes.nn.Linear4bit(128, 96, compute_dtype=torch.bfloat16).to("cpu")
+    ours_16 = q4jax.Linear4bit(128, 96, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert theirs_16(x.float()).dtype == torch.float32
+    assert ours_16(inputs.astype(jnp.float32)).dtype == jnp.bfloat16

@@ -1,5 +1,8 @@
 """Whole models and adapters between transformers, PEFT and q4jax, both ways."""
 
+import itertools
+import random
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,3 +142,23 @@ def test_adapters_both_ways(tmp_path, rslora):
     fresh = load(tmp_path / "base", "float32")
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").train()
     assert_close(our_logits(ours), their_logits(again), "float32")
+
+
+def test_skip_lists_keep_what_transformers_keeps():
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    names = ["model", "layers", "1", "11", "mlp", "up_proj", "gate", "gate_proj", "lm_head"]
+    rng = random.Random(5)
+    paths = {".".join(rng.choices(names, k=rng.randint(1, 4))) for _ in range(200)}
+    entries = {
+        ".".join(rng.choices([*names, ".*", r"\d+"], k=rng.randint(1, 3))) for _ in range(200)
+    }
+    entries |= {"layers.1.", "proj", "del", "model.layers.1|lm_head", "model.layers.1.mlp.*"}
+    kept = 0
+    for entry, path in itertools.product(entries, paths):
+        ours = q4jax.QuantConfig(skip=(entry,)).skips(path) is not None
+        theirs = not should_convert_module(path, [entry])
+        # Here an entry may stand within a path, too.
+        assert ours == (theirs or f".{entry}." in f".{path}."), (entry, path)
+        kept += theirs
+    assert kept > 1000

@@ -1,27 +1,33 @@
-"""The fine-tuning example on a tiny model: its files, exact resumption, and Ctrl-C."""
+"""The fine-tuning example: the main job's files and numbers, and what others do with them."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flax import nnx
 
-pytest.importorskip("gguf")
-tokenizers = pytest.importorskip("tokenizers")
-pytest.importorskip("tqdm")
-pytest.importorskip("matplotlib")
+for _package in ("gguf", "tokenizers", "grain", "jinja2", "matplotlib"):
+    pytest.importorskip(_package)
 
 finetune = pytest.importorskip("finetune")
+demo = pytest.importorskip("demo")
+gguf_llama = pytest.importorskip("gguf_llama")
 runs = pytest.importorskip("runs")
 
-from q4jax.models import Llama, LlamaConfig, save_pretrained  # noqa: E402
+import q4jax  # noqa: E402
+from q4jax.finetune import Document, Piece  # noqa: E402
+from q4jax.finetune.folder import RunFolder  # noqa: E402
+from q4jax.models import from_pretrained, save_pretrained  # noqa: E402
+from tests.support.tiny_hub_model import write_model  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 STEPS = 6
 KEYS = {
     "ppl_dense",
@@ -33,6 +39,8 @@ KEYS = {
     "steps",
     "tokens",
     "seconds",
+    "text_before",
+    "text_after",
 }
 
 
@@ -48,30 +56,14 @@ def importable():
 def inputs(tmp_path_factory):
     """Write a Hugging Face directory with a byte tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("inputs")
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-    )
-    save_pretrained(Llama(config, rngs=nnx.Rngs(0)), folder / "model")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    write_model(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
     return folder
 
 
 def arguments(inputs, out, steps=STEPS):
     options = {"model": inputs / "model", "data": inputs / "text.txt", "out": out, "steps": steps}
-    options |= {"batch": 2, "length": 32, "save-every": 4, "eval-every": 3, "eval-windows": 1}
+    options |= {"batch": 2, "length": 32, "save-every": 4, "eval-every": 3, "eval-rows": 4}
     options |= {"new-tokens": 4, "prompt": "The", "learning-rate": 0.02}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
@@ -80,7 +72,7 @@ def arguments(inputs, out, steps=STEPS):
 def finished(inputs, tmp_path_factory):
     """Return the folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    finetune.main(arguments(inputs, out))
+    finetune.main([*arguments(inputs, out), "--dense-baseline"])
     return out
 
 
@@ -89,6 +81,7 @@ def test_metrics_and_files(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) >= KEYS
     assert metrics["ppl_finetuned"] < metrics["ppl_quantized"]
+    assert metrics["ppl_dense"] == pytest.approx(metrics["ppl_quantized"], rel=0.2)
     assert 4.1 < metrics["bits_per_weight"] < 4.2
     assert metrics["restored_bit_identical"] is True
     assert metrics["second_process_pid"] != os.getpid()
@@ -97,33 +90,34 @@ def test_metrics_and_files(finished):
     assert (finished / "checkpoint").is_dir()
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_resumes_exactly(inputs, finished, tmp_path, monkeypatch):
-    class AfterTwoSteps(runs.Interrupt):
-        @property
-        def asked(self):
-            self.looked_at += 1
-            return len(runs.Run(tmp_path).history("loss")) == 2
+@pytest.mark.heavy
+def test_without_options_the_demo_is_trained(inputs, tmp_path, monkeypatch, capsys):
+    """The model and the text of the demo take their place, also where the run resumes."""
 
-        @asked.setter
-        def asked(self, _):
-            self.looked_at = 0
+    def of_directory(_):
+        dense = from_pretrained(inputs / "model")
+        tokenizer = q4jax.finetune.Tokenizer(runs.load_tokenizer(inputs / "model"))
 
-    monkeypatch.setattr(runs, "Interrupt", AfterTwoSteps)
-    finetune.main(arguments(inputs, tmp_path))
-    assert not (tmp_path / "metrics.json").exists()
-    assert [step for step, _ in runs.Run(tmp_path).history("loss")] == [1, 2]
-    monkeypatch.undo()
-    runs.Run(tmp_path).log(step=3, loss=99.0)  # of a step that no checkpoint holds
+        def load(config):
+            return dense if config is None else q4jax.quantize_model(dense, config)
 
-    finetune.main(["--out", str(tmp_path), "--resume"])
-    for name in ("loss", "perplexity"):
-        assert runs.Run(tmp_path).history(name) == runs.Run(finished).history(name)
-    one, other = (json.loads((f / "metrics.json").read_text()) for f in (tmp_path, finished))
-    changing = {"seconds", "second_process_pid"}
-    assert {k: one[k] for k in one.keys() - changing} == {
-        k: other[k] for k in other.keys() - changing
-    }
+        return q4jax.finetune.Base(dense.config, tokenizer, load, name="org/demo")
+
+    texts = [[Document("a text", (Piece(text, True),))] for text in (TEXT, TEXT[:700])]
+    monkeypatch.setattr(gguf_llama, "base", of_directory)
+    monkeypatch.setattr(demo, "model_file", lambda: None)
+    monkeypatch.setattr(demo, "documents", lambda: texts)
+    options = arguments(inputs, tmp_path / "out", 1)[4:]
+    finetune.main([*options, "--eval-length", "64"])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["ppl_dense"] > 0 and metrics["restored_bit_identical"] is True
+    finetune.main(["--out", str(tmp_path / "out"), "--resume", "--steps", "2"])
+    assert [step for step, _ in RunFolder(tmp_path / "out").history("loss")] == [1, 2]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/demo"
+    with pytest.raises(SystemExit):
+        finetune.main(["--out", str(tmp_path / "out")])
+    assert "--resume continues it, --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.heavy
@@ -135,80 +129,100 @@ def test_ctrl_c_leaves_a_usable_checkpoint(inputs, tmp_path):
         while not (log.is_file() and '"loss"' in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        assert "--resume" in process.communicate(timeout=120)[0]
+        assert "--resume goes on" in process.communicate(timeout=120)[0]
     assert process.returncode == 0
-    _, optimizer = finetune.restore(runs.Run(out), finetune.RunSharding(None, 64))
-    assert int(optimizer.step[...]) == len(runs.Run(out).history("loss")) >= 1
+    folder = RunFolder(out)
+    assert folder.saved()[-1] == len(folder.history("loss")) >= 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--resume"], "holds no run"),
-        (["--length", "5000"], "has 4050 tokens"),
-        (["--model", "nowhere"], r"no .*nowhere/tokenizer\.json"),
+        (["--data", "nowhere"], "--data: nowhere: No such file"),
+        (["--prompt", ""], "--prompt must be a text that is not empty"),
+        (["--blocksize", "100"], "--blocksize must be one of .*100"),
+        (["--steps", "many"], "--steps: must be an integer of at least 1, got 'many'"),
+        (["--model", "nowhere"], r"there is no directory nowhere"),
+        (["--out", __file__], "is no folder"),
     ],
 )
-def test_bad_options_are_named(inputs, tmp_path, options, message):
-    with pytest.raises(SystemExit, match=message):
-        finetune.main([*arguments(inputs, tmp_path), *options])
+def test_bad_options_are_one_line(inputs, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        finetune.main([*arguments(inputs, tmp_path / "out"), *options])
+    assert error.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
 
 
-def test_bad_quantization_is_an_error_before_any_work(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "load_model", lambda _: pytest.fail("the model was loaded"))
-    with pytest.raises(ValueError, match="invalid blocksize 63"):
-        finetune.main([*arguments(inputs, tmp_path), "--blocksize", "63"])
+@pytest.mark.heavy
+def test_the_result_is_usable(inputs, finished, tmp_path, capsys):
+    """generate.py continues the run, and the base with its adapter; export.py writes a model."""
+    import export
+    import generate as example
+
+    how = ["--prompt", "The quick", "--new-tokens", "8"]
+    texts = []
+    export.main([str(finished), str(tmp_path / "merged")])
+    for source in (
+        ["--run", str(finished)],
+        ["--model", str(inputs / "model"), "--adapter", str(finished / "adapter")],
+        ["--model", str(tmp_path / "merged"), "--dense"],
+    ):
+        capsys.readouterr()
+        example.main([*source, *how])
+        texts.append(capsys.readouterr().out.split("\nfirst token")[0])
+    assert texts[0] == texts[1] == texts[2]
+    example.main(["--model", str(inputs / "model"), *how])
+    assert not capsys.readouterr().out.startswith(texts[0])
+    export.main([str(finished), str(tmp_path / "small"), "--four-bit"])
+    assert runs.is_quantized(tmp_path / "small")
+    with pytest.raises(SystemExit, match="merged exists already"):
+        export.main([str(finished), str(tmp_path / "merged")])
 
 
-def test_another_text_is_refused_on_resume(inputs, finished, tmp_path):
-    settings = json.loads((finished / "run.json").read_text())
-    (tmp_path / "text.txt").write_text("Another text. " * 100)
-    settings["data"] = str(tmp_path / "text.txt")
-    (tmp_path / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(SystemExit, match="not the text"):
-        finetune.main(["--out", str(tmp_path), "--resume"])
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    import numpy as np
-
-    tokens = np.arange(1000, dtype=np.int32)
-    batch = runs.batch(tokens, 1, 2, size=3, length=8)
-    assert batch.shape == (3, 9)
-    assert (np.diff(batch, axis=1) == 1).all()
-    np.testing.assert_array_equal(batch, runs.batch(tokens, 1, 2, size=3, length=8))
-    assert not np.array_equal(batch, runs.batch(tokens, 1, 3, size=3, length=8))
-    assert not np.array_equal(batch, runs.batch(tokens, 2, 2, size=3, length=8))
-    assert runs.batch(tokens[:9], 0, 0, size=4, length=8).max() == 8
+@pytest.mark.heavy
+def test_a_directory_in_4_bits_is_trained(inputs, tmp_path, capsys):
+    """Its own quantization is kept, a run on it resumes, and bfloat16 logits are compared."""
+    dense = from_pretrained(inputs / "model", dtype="bfloat16")
+    save_pretrained(
+        q4jax.quantize_model(dense, quant_type="fp4", blocksize=32, skip=("lm_head", "up_proj")),
+        tmp_path / "small",
+        tokenizer=inputs / "model",
+    )
+    out = tmp_path / "out"
+    options = ["--model", str(tmp_path / "small")]
+    with pytest.raises(SystemExit):
+        finetune.main([*arguments(inputs, out, 1), *options, "--dense-baseline"])
+    assert "--dense-baseline: --model is in 4 bits already" in capsys.readouterr().err
+    finetune.main([*arguments(inputs, out, 1), *options])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["restored_bit_identical"] is True
+    assert metrics["ppl_dense"] is None
+    finetune.main(["--out", str(out), "--resume", "--steps", "2"])
 
 
 @pytest.mark.slow
 @pytest.mark.heavy
 def test_on_a_mesh_and_on_another(inputs, tmp_path):
-    """Eight simulated devices give the perplexities of one, and another mesh restores the run."""
+    """Eight simulated devices give the perplexities of one, and another mesh resumes the run."""
 
-    def run(name, *options):
+    def run(name, steps, *options):
         out = tmp_path / name
-        command = [sys.executable, str(ROOT / "examples" / "finetune.py")]
-        settings = [*arguments(inputs, out, 4), "--blocksize", "32", "--batch", "4", *options]
-        subprocess.run([*command, *settings], check=True, capture_output=True, timeout=500)
+        command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--out", str(out)]
+        given = [*arguments(inputs, out, steps), "--blocksize", "32", "--batch", "4"]
+        given = [*given, "--dense-baseline"] if "--resume" not in options else []
+        subprocess.run([*command, *given, *options], check=True, capture_output=True, timeout=500)
         return json.loads((out / "metrics.json").read_text())
 
     def perplexities(metrics):
-        return [metrics[f"ppl_{which}"] for which in ("dense", "quantized", "finetuned")]
+        return np.array([metrics[f"ppl_{which}"] for which in ("dense", "quantized", "finetuned")])
 
-    one = run("one")
-    eight = run("eight", "--mesh", "fsdp=4,tensor=2")
+    one = run("one", 4)
+    eight = run("eight", 4, "--mesh", "fsdp=4,tensor=2")
     assert eight["restored_bit_identical"]
-    assert perplexities(eight) == pytest.approx(perplexities(one), rel=1e-4)
-    other = run("eight", "--resume", "--mesh", "data=2,tensor=4")
+    np.testing.assert_allclose(perplexities(eight), perplexities(one), rtol=1e-4)
+    other = run("eight", 5, "--resume", "--steps", "5", "--mesh", "data=2,tensor=4")
     assert other["restored_bit_identical"]
-    assert perplexities(other) == pytest.approx(perplexities(one), rel=1e-4)
-
-
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=2,fsdp=2", "fsdp=2,", "fsdp=-1"])
-def test_meshes_that_are_none(text):
-    from meshes import sizes
-
-    with pytest.raises(ValueError, match="--mesh"):
-        sizes(text)
+    one = run("one", 5, "--resume", "--steps", "5")
+    np.testing.assert_allclose(perplexities(other), perplexities(one), rtol=1e-4)

@@ -8,7 +8,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 example = pytest.importorskip("generate")
 
-from q4jax.models import Llama, LlamaConfig, save_pretrained  # noqa: E402
+import q4jax  # noqa: E402
+from q4jax.models import Llama, LlamaConfig, from_pretrained, save_pretrained  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,46 @@ def test_texts_and_figures(folder, options, capsys):
         "--dense" not in options
     )
     assert figures["peak_bytes"] > figures["model_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--new-tokens", "100"], "max_new_tokens=100: 101 is above the model's context of 64"),
+        (["--temperature", "-1"], "temperature must be at least 0"),
+        (["--top-k", "65"], "top_k must be from 0 to vocab_size=64, got 65"),
+        (["--prompt", ""], "prompt 0 of input_ids has no tokens"),
+        (["--adapter", "nowhere"], "nowhere"),
+    ],
+)
+def test_options_out_of_range_are_one_line(folder, options, message):
+    with pytest.raises(SystemExit, match=message):
+        example.main(["--model", str(folder), "--prompt", "w1", *options])
+
+
+def test_malformed_options(folder, capsys):
+    for options, message in (
+        (["--new-tokens", "0"], "must be an integer of at least 1, got '0'"),
+        (["--run", "out"], "--run goes without --model"),
+    ):
+        with pytest.raises(SystemExit):
+            example.main(["--model", str(folder), *options])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_a_directory_in_4_bits(folder, tmp_path, capsys):
+    small = q4jax.quantize_model(from_pretrained(folder))
+    save_pretrained(small, tmp_path / "small", tokenizer=folder)
+    how = ["--prompt", "w1 w2", "--new-tokens", "6"]
+    texts = {}
+    for name, options in {
+        "while loading": ["--model", str(folder)],
+        "before": ["--model", str(tmp_path / "small")],
+        "dense": ["--model", str(tmp_path / "small"), "--dense"],
+    }.items():
+        example.main([*options, *how])
+        printed = capsys.readouterr().out
+        texts[name] = printed.split("\nfirst token")[0]
+        assert ("4-bit codes" in printed) == (name != "dense")
+    assert texts["while loading"] == texts["before"] == texts["dense"]

@@ -17,12 +17,12 @@ from q4jax.core import codebooks
 from q4jax.core.spec import QuantSpec
 from tests.support import oracle, products
 from tests.support.implementations import params, unsupported, variants
-from tests.support.kernel_matrix import cases
+from tests.support.kernel_checks import check, odd_input
+from tests.support.kernel_matrix import DTYPES, cases
 from tests.support.random_arrays import decoded, normal, random_weight
 from tests.support.vectors import BLOCKSIZES, MANIFEST, decode, npz, under
 
 CASES = cases()
-DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZERS = params(lambda v: v.name != "triton_interpreted")
 PUBLIC = params(lambda v: v.public)
 # Golden files of whole blocks and of ragged ones, in three dtypes. The C++ kernels take all.
@@ -38,59 +38,14 @@ def call(variant, op, *operands, **static):
         unsupported(variant, error)
 
 
+def roundings(variant):
+    """Of a product beside those of its terms; Pallas kernels split sums over programs."""
+    return 16 if variant.name.startswith("pallas") else 2
+
+
 def assert_product(variant, *product):
-    """The product within its bound; GPU kernels split sums over programs."""
-    split = variant.name.startswith(("pallas", "triton"))
-    products.assert_product(*product, roundings=16 if split else 2)
-
-
-def weight_of(case):
-    """A weight, and what it stands for in the case's dtype."""
-    shape = (case.n, case.k)
-    weight = random_weight(shape, case.blocksize, case.nested, case.quant_type, case.dtype)
-    return weight, decoded(weight)
-
-
-def check_quantize(variant, case):
-    w = normal(case.n, case.n, case.k, dtype=case.dtype)
-    spec = QuantSpec.from_shape(w.shape, w.dtype, case.quant_type, case.blocksize, False)
-    packed, absmax = call(variant, "quantize", w, spec=spec)
-    assert (packed.dtype, packed.shape) == (jnp.uint8, spec.packed_shape)
-    codes, scales = oracle.quantize_fast(w, case.quant_type, case.blocksize)
-    np.testing.assert_array_equal(np.ravel(packed), codes)
-    np.testing.assert_array_equal(np.ravel(absmax), scales)
-
-
-def check_dequantize(variant, case):
-    weight, expected = weight_of(case)
-    spec = weight.quant_state.spec
-    found = call(variant, "dequantize", weight.arrays, spec=spec, dtype=spec.dtype)
-    assert oracle.same_bits(found, expected)
-
-
-def check_linear(variant, case):
-    weight, expected = weight_of(case)
-    x = normal(1, case.m, case.k, dtype=case.dtype)
-    bias = normal(2, case.n).astype(DTYPES[case.n % 3]) if case.bias else None
-    y = call(variant, "linear", x, weight.arrays, bias, spec=weight.quant_state.spec)
-    assert y.dtype == x.dtype
-    assert_product(variant, y, x, expected, 0.0 if bias is None else bias)
-
-
-def check_linear_transpose(variant, case):
-    weight, expected = weight_of(case)
-    g = normal(1, case.m, case.n, dtype=case.dtype)
-    dx = call(variant, "linear_transpose", g, weight.arrays, spec=weight.quant_state.spec)
-    assert dx.dtype == g.dtype
-    assert_product(variant, dx, g, expected.T)
-
-
-CHECKS = {
-    "quantize": check_quantize,
-    "dequantize": check_dequantize,
-    "linear": check_linear,
-    "linear_transpose": check_linear_transpose,
-}
+    """The product within its bound."""
+    products.assert_product(*product, roundings=roundings(variant))
 
 
 @pytest.mark.parametrize("variant", [pytest.param(v, id=v.name) for v in variants()])
@@ -103,7 +58,8 @@ def test_runs_here(variant):
 
 def test_size_of_the_matrix():
     assert len(set(CASES)) == len(CASES) >= 1000
-    assert {case.operation for case in CASES} == CHECKS.keys()
+    operations = {"quantize", "dequantize", "linear", "linear_transpose"}
+    assert {case.operation for case in CASES} == operations
 
 
 def pytest_generate_tests(metafunc):
@@ -115,13 +71,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.parametrize("variant", params())
 def test_matrix(variant, case):
-    CHECKS[case.operation](variant, case)
+    check(case, functools.partial(call, variant), roundings(variant))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("variant", params(lambda v: v.name == "pallas_interpret"))
 def test_more_of_the_matrix(variant, more_case):
-    CHECKS[more_case.operation](variant, more_case)
+    check(more_case, functools.partial(call, variant), roundings(variant))
 
 
 # XLA compiles each shape anew: a sample of the files is enough for the others.
@@ -148,25 +104,6 @@ def test_golden(variant, name, quant_type):
         packed, absmax = call(variant, "quantize", w, spec=spec)
         np.testing.assert_array_equal(np.ravel(packed), np.ravel(expected["packed"]))
         assert oracle.same_bits(np.ravel(absmax), np.ravel(expected["absmax"]))
-
-
-def odd_input(dtype):
-    """Blocks of 64: NaN, inf, zeros, subnormal and huge numbers, then a partial block."""
-    rng = np.random.default_rng(0)
-    blocks = [rng.standard_normal(64) for _ in range(12)]
-    blocks[1][:] = 0
-    blocks[2][5] = np.nan
-    blocks[3][7] = -np.inf
-    blocks[4] *= 1e-40  # subnormal in float32
-    blocks[5] *= 2e38
-    blocks[6] *= 1e-37
-    blocks[7][:] = -0.0
-    blocks[8][0] = np.nan
-    blocks[8][1] = np.inf
-    blocks[9] = np.sign(blocks[9])
-    with np.errstate(all="ignore"):
-        values = np.concatenate([*blocks, rng.standard_normal(11)]).astype(np.float32)
-        return jnp.asarray(values).astype(dtype)
 
 
 @pytest.mark.parametrize("variant", QUANTIZERS)

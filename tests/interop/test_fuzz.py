@@ -14,7 +14,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import q4jax
@@ -22,10 +21,10 @@ from q4jax.interop import bitsandbytes as bnb
 from q4jax.interop import huggingface, peft
 from q4jax.models import LlamaConfig, from_pretrained
 from tests.support.fuzz import mutants, reader
+from tests.support.random_weights import CASES, entries_of
 from tests.support.vectors import GOLDEN
 
 REFUSED = (ValueError, NotImplementedError, FileNotFoundError)
-VECTORS = Path(__file__).parents[1] / "models" / "vectors"
 QUICK, FULL = 300, 10_000
 # Of one mutant: processor time, and memory beyond that of its own bytes.
 SECONDS, BYTES = 2.0, 8_000_000
@@ -191,9 +190,7 @@ def copy_regular(source, target):
 
 def run_configs(numbers):
     configs = [json.loads((LLAMA / "config.json").read_text())]
-    for file in sorted(VECTORS.glob("*.safetensors")):
-        with safe_open(file, "np") as opened:
-            configs.append(json.loads(opened.metadata()["config"]))
+    configs += map(entries_of, CASES)
     for number in numbers:
         rng = random.Random(number)
         config = configs[number % len(configs)]

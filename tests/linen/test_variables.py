@@ -133,6 +133,9 @@ def test_quantize_variables_of_one_layer():
 def test_skip_and_what_is_left():
     kernel = {"kernel": jnp.ones((64, 8))}
     variables = {"params": {"a": {"head": kernel, "up": kernel}, "head2": kernel}}
+    mlp = {"params": {"mlp": {"up": kernel, "down": kernel}}}
+    # The end of a parent's path keeps nothing below it.
+    assert list(linen.quantize_variables(mlp, skip=["p"])["quant"]["mlp"]) == ["down"]
     for skip, left in [
         (["head"], ["a/up", "head2"]),
         (["a"], ["head2"]),
@@ -157,8 +160,10 @@ def test_quantize_variables_refuses():
         linen.quantize_variables(done)
     with pytest.raises(ValueError, match=r"no layer .* skip=\['up'\]"):
         linen.quantize_variables(variables, skip=["up"])
-    with pytest.raises(ValueError, match="skip must be a list of names, got the string 'up'"):
+    with pytest.raises(ValueError, match="skip must be a tuple of names, got 'up'"):
         linen.quantize_variables(variables, skip="up")
+    with pytest.raises(ValueError, match="skip has 'down', which no module matches"):
+        linen.quantize_variables(variables, skip=["up", "down"])
     with pytest.raises(ValueError, match=r"'params', got the keys \['up', 'norm'\]"):
         linen.quantize_variables(variables["params"])
     with pytest.raises(ValueError, match=r"quant_type must be .* got 'int4'"):

@@ -121,13 +121,16 @@ def test_refusals(model):
         q4jax.add_lora(adapted, rank=4, alpha=8)
     with pytest.raises(ValueError, match=r"targets=\('q_proj',\).*layers\.0.*layers\.2"):
         q4jax.add_lora(model, rank=4, alpha=8, targets=("q_proj",))
-    with pytest.raises(ValueError, match="matched no layer"):
+    with pytest.raises(ValueError, match=r"layers with a 4-bit weight .*: \['\(root\)'\]"):
         q4jax.add_lora(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), rank=4, alpha=8)
     for rank in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=f"rank must be a positive integer, got {rank}"):
             q4jax.add_lora(model, rank=rank, alpha=8)
     with pytest.raises(ValueError, match="the model has no adapter"):
         q4jax.merge_lora(model)
+    for function in (lambda m: q4jax.add_lora(m, rank=4, alpha=8), q4jax.merge_lora):
+        with pytest.raises(TypeError, match="model must be an nnx.Module, got dict"):
+            function({"params": {}})
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import q4jax
 
@@ -137,6 +137,10 @@ def test_twice_is_refused(quantized):
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="must be an nnx.Module, got dict"):
         q4jax.quantize_model({"kernel": X})
+    with pytest.raises(TypeError, match="must be an nnx.Module, got dict"):
+        q4jax.dequantize_model({"kernel": X})
+    with pytest.raises(TypeError, match="got Dense; a Linen model is quantized by q4jax.linen"):
+        q4jax.quantize_model(linen.Dense(4))
     with pytest.raises(TypeError, match="bits"):
         q4jax.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), bits=4)
     with pytest.raises(ValueError, match="nothing in the model is quantized"):
@@ -195,7 +199,7 @@ def test_report_counts_shared_weights_once_and_prints(quantized):
     assert "28,672 of " in text and "full precision: lm_head" in text
     abstract = nnx.eval_shape(lambda: q4jax.LinearNF4(64, 64, rngs=nnx.Rngs(0)))
     assert q4jax.memory_report(abstract).quantized_weights == 64 * 64
-    with pytest.raises(TypeError, match="must be an nnx.Module, got int"):
+    with pytest.raises(TypeError, match="nnx.Module or a dict of Linen variables, got int"):
         q4jax.memory_report(3)
 
 

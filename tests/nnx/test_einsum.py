@@ -332,8 +332,6 @@ def test_inputs_that_do_not_fit():
         layer(jnp.ones((2, 3, 32)))
     with pytest.raises(ValueError, match=r"the input is \[2, 64\]"):
         layer(jnp.ones((2, 64)))
-    with pytest.raises(NotImplementedError, match="out_sharding"):
-        layer(jnp.ones((2, 3, 64)), out_sharding=jax.sharding.PartitionSpec())
     with pytest.raises(TypeError, match="cannot quantize a Linear: it is not an nnx.Einsum"):
         q4jax.Einsum4bit(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError, match="it is not an nnx.LinearGeneral"):

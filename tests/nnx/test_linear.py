@@ -230,6 +230,7 @@ def test_the_forward_changes_nothing():
     [
         ({"quant_type": "int4"}, r"quant_type must be 'nf4' or 'fp4', got 'int4'"),
         ({"blocksize": 48}, r"invalid blocksize 48; allowed: \[32, 64"),
+        ({"dtype": jnp.int8}, r"^dtype must be float32, float16 or bfloat16, got int8"),
         ({"param_dtype": jnp.int8}, r"param_dtype must be float32, float16 or bfloat16, got int8"),
         ({"kernel_init": lambda *a: jnp.full((128, 96), jnp.nan)}, r"kernel holds NaN or inf"),
     ],
@@ -237,6 +238,14 @@ def test_the_forward_changes_nothing():
 def test_bad_settings(settings, match):
     with pytest.raises(ValueError, match=match):
         linear(q4jax.Linear4bit, **settings)
+
+
+def test_bad_compute_dtypes_of_other_layers():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="^dtype must be float32, float16 or bfloat16, got int8"):
+        q4jax.EmbeddingNF4(8, 64, dtype=jnp.int8, rngs=rngs)
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got int8"):
+        q4jax.LinearGeneral4bit(64, (4, 16), dtype=jnp.int8, rngs=rngs)
 
 
 def test_fixed_types_take_no_other():

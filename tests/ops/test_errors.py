@@ -138,6 +138,8 @@ def test_missing_state(weight, function):
         call(weight.packed)
     with pytest.raises(TypeError, match="state must be a QuantState .*got 'nf4'"):
         call(weight.packed, "nf4")
+    with pytest.raises(TypeError, match="state must be a QuantState .*got ArrayImpl$"):
+        call(weight.packed, weight.packed)
     with pytest.raises(TypeError, match="state must not be given with a Params4bit"):
         call(weight, weight.quant_state)
 

@@ -57,6 +57,7 @@ class Toy:
     """The reference under a name of its own, which counts its calls."""
 
     name = "toy"
+    takes_stacks = False
 
     def __init__(self):
         self.calls = []

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import q4jax
@@ -209,6 +211,7 @@ def test_few_frames_from_the_call_to_the_implementation(monkeypatch):
 
     class Probe:
         name = "probe"
+        takes_stacks = False
 
         def is_preferred(self, op, dtype, rows):
             return True
@@ -225,3 +228,20 @@ def test_few_frames_from_the_call_to_the_implementation(monkeypatch):
     jax.clear_caches()
     assert frames[0] == "matmul_4bit"
     assert len(frames) <= 8, frames
+
+
+def test_explicit_axes_of_size_one():
+    """They are in the operands' types, though they split nothing."""
+    axes = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("batch", "part"), devices=jax.devices()[:1], axis_types=axes)
+    w, x = normal(0, 48, 64), normal(1, 3, 64)
+    weight = q4jax.Params4bit.quantize(w, 64, True, "nf4", implementation="xla")
+    with jax.set_mesh(mesh):
+        put = jax.device_put
+        found = q4jax.Params4bit.quantize(
+            put(w, P("part", "batch")), 64, True, "nf4", implementation="xla"
+        )
+        y = q4jax.matmul_4bit(put(x, P("batch")), found, implementation="xla")
+    jax.tree.map(np.testing.assert_array_equal, found, weight)
+    expected = q4jax.matmul_4bit(x, weight, implementation="xla")
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)

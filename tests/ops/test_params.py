@@ -140,3 +140,50 @@ def test_repr_is_one_line_with_the_tag():
     weight = Params4bit.quantize(normal(2, 64), quant_type="nf4")
     assert repr(weight) == "Params4bit(uint8[2, 32], nf4_b64_n0_float32_2x64)"
     assert "\n" not in repr(jax.tree.structure(weight))
+
+
+USES = {
+    "numpy": np.asarray,
+    "numpy dtype": lambda w: np.array(w, np.float32),
+    "jax": jnp.asarray,
+    "jax sum": jnp.sum,
+    "add": lambda w: w + 1,
+    "radd": lambda w: 1.0 + w,
+    "multiply": lambda w: jnp.ones(3) * w,
+    "negate": lambda w: -w,
+    "compare": lambda w: w > 0,
+    "product": lambda w: jnp.ones((2, 64)) @ w,
+    "numpy product": lambda w: np.ones((2, 64)) @ w,
+    "product from the left": lambda w: w @ jnp.ones((64, 2)),
+    "len": len,
+    "iteration": list,
+    "unpack": lambda w: tuple(w),
+    "index": lambda w: w[0],
+    "contains": lambda w: 1 in w,
+    "float": float,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("traced", [False, True])
+def test_use_as_an_array_names_what_to_call(use, traced):
+    weight = Params4bit.quantize(normal(4, 64))
+    names = r"no array: q4jax\.matmul_4bit\(x, weight\) is .* weight\.dequantize\(\) the array"
+    with pytest.raises(TypeError, match=names):
+        jax.jit(lambda w: use(w) and None)(weight) if traced else use(weight)
+
+
+@pytest.mark.parametrize("name", ["shape", "dtype", "ndim", "T", "astype", "sharding"])
+def test_it_has_no_attribute_of_arrays_and_says_where_they_are(name):
+    weight = Params4bit.quantize(normal(4, 64))
+    assert not hasattr(weight, name)
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*weight.quant_state has its"):
+        getattr(weight, name)
+
+
+def test_it_is_true_hashable_and_equal_to_itself():
+    weight = Params4bit.quantize(normal(4, 64))
+    assert weight
+    assert weight == weight
+    assert {weight: 1}[weight] == 1
+    assert jnp.shape(weight.packed) == (4, 32)

@@ -1,4 +1,4 @@
-"""The implementations under test: the reference, and everything in q4jax's registry."""
+"""The implementations under test: the reference, and everything in q4jax and its registry."""
 
 import concurrent.futures
 import contextlib
@@ -18,15 +18,16 @@ from q4jax.core import blockwise
 from q4jax.native import library
 from q4jax.ops import registry
 from q4jax.triton import requirements
-
-# Interpreted kernels are large programs that run once: optimizing them takes longer than running.
-QUICK = {"xla_backend_optimization_level": 0}
+from q4jax.xla.tpu import ops as tpu
+from tests.support import simulated_tpu
+from tests.support.simulated_tpu import QUICK
 
 
 class Reference:
     """The plain jax.numpy meaning, as an implementation."""
 
     name = "reference"
+    takes_stacks = False
     double_quantize = staticmethod(blockwise.double_quantize)
 
     def quantize(self, w, *, spec):
@@ -38,11 +39,22 @@ class Reference:
     def linear(self, x, arrays, bias, *, spec):
         w = blockwise.dequantize(arrays, spec, x.dtype)
         y = jnp.dot(x, w.T, preferred_element_type=jnp.float32)
-        return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+        return (y if bias is None else y + bias[None].astype(jnp.float32)).astype(x.dtype)
 
     def linear_transpose(self, g, arrays, *, spec):
         w = blockwise.dequantize(arrays, spec, g.dtype)
         return jnp.dot(g, w, preferred_element_type=jnp.float32).astype(g.dtype)
+
+
+class XLAForTPU:
+    """What "xla" is on TPU, in operations that every platform has."""
+
+    name = "xla_for_tpu"
+    quantize = staticmethod(tpu.quantize)
+    double_quantize = staticmethod(tpu.double_quantize)
+    dequantize = staticmethod(tpu.dequantize)
+    linear = staticmethod(tpu.linear)
+    linear_transpose = staticmethod(tpu.linear_transpose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +83,7 @@ def _jitted(implementation: Any, op: str, static: tuple[tuple[str, Any], ...]) -
 
 def _run(implementation, op, *operands, **static):
     function = _jitted(implementation, op, tuple(sorted(static.items())))
-    if implementation.name == "pallas_interpret":
+    if implementation.name in ("pallas_interpret", "pallas_tpu_interpret"):
         return function.lower(*operands).compile(QUICK)(*operands)
     return function(*operands)
 
@@ -103,9 +115,11 @@ def _in_triton_process(op, operands, static):
 def _runs_here(implementation: Any) -> str | None:
     """The reason why an implementation cannot run on this platform, or None."""
     spec = registry.QuantSpec("nf4", 64, 0, "float32", (1, 64))
-    arrays = blockwise.WeightArrays(jnp.zeros((1, 32), jnp.uint8), jnp.ones((1, 1)), None, None)
+    arrays = blockwise.WeightArrays(
+        jnp.zeros((1, 32), jnp.uint8), jnp.ones((1, 1), jnp.float32), None, None
+    )
     try:
-        _run(implementation, "linear", jnp.ones((1, 64)), arrays, None, spec=spec)
+        _run(implementation, "linear", jnp.ones((1, 64), jnp.float32), arrays, None, spec=spec)
     except NotImplementedError as error:
         return str(error)
     return None
@@ -113,14 +127,21 @@ def _runs_here(implementation: Any) -> str | None:
 
 @functools.cache
 def variants() -> list[Variant]:
-    """The reference, and each registered implementation; "native" once for each ISA."""
-    found = [Variant("reference", None, functools.partial(_run, Reference()))]
+    """The reference, "xla" for TPUs, and all that are registered; "native" once for each ISA."""
+    found = [
+        Variant(implementation.name, None, functools.partial(_run, implementation))
+        for implementation in (Reference(), XLAForTPU())
+    ]
     for name, implementation in registry.IMPLEMENTATIONS.items():
         run = functools.partial(_run, implementation)
         if name == "native" and library.status().available:
             for isa in library.status().available:
                 use = functools.partial(library.use_isa, isa)
                 found.append(Variant(f"native_{isa}", name, run, use))
+        elif name == "pallas_tpu_interpret":
+            # Its own tiles are programs of tens of thousands of operations to XLA.
+            tiles = functools.partial(simulated_tpu.tiles_of, 256)
+            found.append(Variant(name, name, run, tiles, skip=_runs_here(implementation)))
         elif name == "triton":
             missing = requirements._missing() or None
             found.append(Variant("triton_interpreted", None, _run_triton, skip=missing))

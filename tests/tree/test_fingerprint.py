@@ -12,7 +12,7 @@ from flax import nnx
 
 import q4jax
 from q4jax.nnx.variables import to_variables
-from q4jax.tree.fingerprint import fingerprint
+from q4jax.tree.fingerprint import fingerprint, has_fingerprint
 
 W = jax.random.normal(jax.random.key(0), (64, 128))
 
@@ -62,7 +62,7 @@ def test_the_container_does_not_count(model):
     assert fingerprint(nnx.to_pure_dict(nnx.state(model))) == expected
     assert fingerprint(plain(model)) == expected
     assert fingerprint(nnx.merge(*nnx.split(model))) == expected
-    assert fingerprint({"model": model}) == fingerprint({"model": nnx.state(model)}) != expected
+    assert fingerprint({"model": model}) == fingerprint({"model": nnx.state(model)}) == expected
 
 
 def test_the_public_name_is_the_function_whatever_was_imported_before():
@@ -92,30 +92,56 @@ def test_every_bit_of_every_array_counts(leaf):
     assert fingerprint([jax.tree.unflatten(treedef, arrays)]) != before
 
 
-def test_name_dtype_shape_and_tag_count():
+def test_dtype_shape_and_tag_count():
     codes = jnp.zeros((64, 64), jnp.uint8)
     absmax = jnp.ones((64, 2))
 
-    def of(shape, dtype, quant_type, name="w", codes=codes, absmax=absmax):
+    def of(shape, dtype, quant_type, codes=codes, absmax=absmax):
         spec = q4jax.QuantSpec(quant_type, 64, 0, dtype, shape)
-        return fingerprint(
-            {name: q4jax.Params4bit(codes, q4jax.QuantState(absmax, None, None, spec))}
-        )
+        return fingerprint([q4jax.Params4bit(codes, q4jax.QuantState(absmax, None, None, spec))])
 
     digests = [
         of((64, 128), "float32", "nf4"),
-        of((64, 128), "float32", "nf4", name="v"),
         of((64, 128), "bfloat16", "nf4"),
         of((64, 128), "float32", "fp4"),
         of((32, 256), "float32", "nf4", codes=codes.reshape(32, 128), absmax=absmax.reshape(32, 4)),
-        of((64, 128), "float32", "nf4", codes=codes[None], absmax=absmax[None]),
+        of((64, 128), "float32", "nf4", codes=jnp.stack([codes] * 2), absmax=jnp.ones((2, 64, 2))),
     ]
     assert len(set(digests)) == len(digests)
 
 
-def test_swapped_weights_are_another_model():
-    a, b = quantize(), quantize(-W)
-    assert fingerprint({"a": a, "b": b}) != fingerprint({"a": b, "b": a})
+@pytest.mark.parametrize("compress_statistics", [False, True])
+def test_names_and_stacking_do_not_count(compress_statistics):
+    w = jax.random.normal(jax.random.key(1), (3, 256, 64))
+
+    def make(w):
+        return quantize(w, compress_statistics=compress_statistics)
+
+    layers = [make(layer) for layer in w]
+    expected = fingerprint(layers)
+    assert fingerprint({"a": layers[2], "b.c": layers[0], "d": [layers[1]]}) == expected
+    assert fingerprint({"stack": jax.vmap(make)(w)}) == expected
+    assert fingerprint([jax.vmap(make)(w[:1]), jax.vmap(make)(w[1:])]) == expected
+    again = jax.vmap(jax.vmap(make))(w.reshape(1, 3, 256, 64))
+    assert fingerprint({"stacks": again}) == expected
+    assert fingerprint(layers[:2]) != expected
+    assert fingerprint([*layers, layers[0]]) != expected
+
+
+@pytest.mark.parametrize("compress_statistics", [False, True])
+def test_a_joint_weight_counts_as_its_matrices_where_it_can_be_divided(compress_statistics):
+    for rows in (256, 8):  # 256 blocks a matrix, or 8 that share a scale of scales
+        joint = quantize(
+            jax.random.normal(jax.random.key(1), (2, rows, 64)),
+            compress_statistics=compress_statistics,
+        )
+        whole = fingerprint([joint])
+        if rows == 8 and compress_statistics:
+            with pytest.raises(ValueError, match="cannot unstack"):
+                joint.unstack()
+        else:
+            stack = joint.unstack()
+            assert fingerprint([jax.tree.map(lambda a, i=i: a[i], stack) for i in (1, 0)]) == whole
 
 
 def test_the_digest_is_what_it_was():
@@ -127,10 +153,18 @@ def test_the_digest_is_what_it_was():
     def sha256(data):
         return hashlib.sha256(data).hexdigest()
 
+    arrays = b"uint8[2, 16]" + codes.tobytes() + b"float32[2, 1]" + absmax.tobytes()
+    line = f"nf4_b32_n0_float32_2x32 {sha256(arrays)}\n"
+    assert fingerprint({"layers": [weight]}) == sha256(line.encode())
+
+    # That of 0.1, by which its files and its users know a model.
     a = sha256(b"uint8[2, 16]" + codes.tobytes())
     b = sha256(b"float32[2, 1]" + absmax.tobytes())
     lines = f"layers.0.packed {a}\nlayers.0.quant_state.absmax__nf4_b32_n0_float32_2x32 {b}\n"
-    assert fingerprint({"layers": [weight]}) == sha256(lines.encode())
+    assert has_fingerprint({"layers": [weight]}, sha256(lines.encode()))
+    assert has_fingerprint({"layers": [weight]}, sha256(line.encode()))
+    assert not has_fingerprint({"layer": [weight]}, sha256(lines.encode()))
+    assert not has_fingerprint({"layers": [weight]}, "0" * 64)
 
 
 def test_numpy_and_jax_arrays_are_alike():

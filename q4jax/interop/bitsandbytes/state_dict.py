@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from q4jax.interop.bitsandbytes.tensors import CONTAINERS, Tree, read_tensors, write_weight
+from q4jax.interop.bitsandbytes.tensors import (
+    CONTAINERS,
+    Tree,
+    read_spec,
+    read_tensors,
+    write_weight,
+)
 from q4jax.interop.bitsandbytes.weight_keys import group_keys
 from q4jax.interop.host_arrays import copy_to_numpy
 from q4jax.interop.placement import Placement
@@ -94,7 +100,8 @@ def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict
     Raises:
       ValueError: `quant_storage` is unknown, or the codes of a weight do not fill it; a stacked
         weight has double quantization (bitsandbytes has one offset a weight: index or `unstack`
-        it); two tensors have one name, or a name that would be read as a statistic.
+        it); a weight has more than eight axes or no elements; two tensors have one name, or a name
+        that would be read as a statistic.
       TypeError: a leaf is not an array, or the tree is a module.
 
     Examples:
@@ -115,7 +122,10 @@ def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict
             weights += 1
             new = write_weight(name, leaf, quant_storage)
         elif hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-            new = {name: np.asarray(leaf)}
+            try:
+                new = {name: np.asarray(leaf)}
+            except TypeError as error:  # a typed key
+                raise TypeError(f"{name}: {error}") from None
         else:
             raise TypeError(f"{name} must be a Params4bit or an array, got {type(leaf).__name__}")
         twice = sorted(new.keys() & tensors.keys())
@@ -126,6 +136,8 @@ def to_state_dict(tree: Mapping[str, Any], quant_storage: str = "uint8") -> dict
     keys = group_keys(tensors)
     if keys.extra or len(keys.weights) != weights:
         raise ValueError(f"keys below 4-bit weights cannot be read back: {keys.extra}")
+    for weight in keys.weights.values():
+        read_spec(weight, tensors)
     return tensors
 
 
@@ -136,17 +148,21 @@ def save_file(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Save the state dict of `to_state_dict` as a safetensors file, atomically.
+    """Save the state dict of `to_state_dict` as a safetensors file, whole or not at all.
 
     Args:
       tree: `Params4bit` or array by name, as in `to_state_dict`.
-      path: the file; an existing one is replaced.
+      path: the file; an existing one is replaced, and its permissions are kept. A link is replaced,
+        and not the file that it points to.
       quant_storage: dtype that holds the codes, as in `to_state_dict`.
       metadata: texts by name for the file's header.
 
     Raises:
-      ValueError: `to_state_dict` raises it; nothing is written.
+      ValueError: `to_state_dict` raises it, or `load_file` would refuse the file: metadata that is
+        not text, a tensor named `__metadata__`, a name of more than 4,096 characters, more than 32
+        axes; nothing is written.
       TypeError: `to_state_dict` raises it; nothing is written.
+      FileExistsError: another thread or process is writing the file, or it is no regular file.
       OSError: from the file system; an existing file is unchanged.
     """
     write_file(path, to_state_dict(tree, quant_storage), metadata=metadata)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
+from q4jax.core import bnb_format
 from q4jax.core.spec import FLOAT_DTYPES, QuantSpec
 from q4jax.core.state import QuantState
 from q4jax.interop.bitsandbytes.weight_keys import STATISTICS, Layout, WeightKeys, group_keys
@@ -76,12 +77,12 @@ def read_weight(
 
 
 def read_state(keys: WeightKeys, tensors: Mapping[str, np.ndarray]) -> QuantState:
-    """Return the statistics of one weight; raises as `read_weight` does."""
+    """Return the statistics of one weight in NumPy arrays; raises as `read_weight` does."""
     try:
         statistics = {part: tensors[key] for part, key in keys.statistics.items()}
         _check_json(statistics)
         _check_vectors(statistics)
-        return QuantState.from_dict(statistics)
+        return QuantState(*bnb_format.read(statistics))
     except ValueError as error:
         raise ValueError(f"{keys.name}: {error}") from None
 

@@ -1,5 +1,6 @@
 """Find which keys of a bitsandbytes state dict belong to the same 4-bit weight."""
 
+import bisect
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -70,13 +71,19 @@ def group_keys(layouts: Mapping[str, Layout]) -> GroupedKeys:
         _refuse_statistics(key, layouts)
     for key in rest:
         _refuse_codes(key, layouts[key])
-    extra = {key for key in rest if any(prefix in weights for prefix in _prefixes(key))}
+    extra = _below(rest, weights)
     return GroupedKeys(weights, [key for key in rest if key not in extra], sorted(extra))
 
 
-def _prefixes(key: str) -> Iterable[str]:
-    """Return the dotted prefixes of a key: `a` and `a.b` for `a.b.c`."""
-    return (key[: match.start()] for match in re.finditer(r"\.", key))
+def _below(keys: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the keys that go on after one of the names and a dot, in time linear in their size."""
+    prefixes: list[str] = []
+    for name in sorted(f"{name}." for name in names):
+        if not prefixes or not name.startswith(prefixes[-1]):
+            prefixes.append(name)
+    # No prefix begins another one, so that of a key is the last one that sorts before it.
+    found = ((key, bisect.bisect(prefixes, key)) for key in keys)
+    return {key for key, at in found if at and key.startswith(prefixes[at - 1])}
 
 
 def _refuse_statistics(key: str, layouts: Mapping[str, Layout]) -> None:

@@ -78,6 +78,10 @@ class Checkpoint(Mapping[str, "Params4bit | np.ndarray"]):
                     f"{path} says {stated.quant_type}, {nested}, but {name} is {spec.tag()}"
                 )
 
+    def layout(self, name: str) -> Any:
+        """Return the dtype and shape of a dense tensor, which is not read."""
+        return self.tensors.layouts[name]
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""

@@ -7,52 +7,65 @@ from typing import Any
 
 import numpy as np
 
-from q4jax.interop.files import read_json, write_json
+from q4jax.disk import new_file, whole_directory
+from q4jax.interop.files import encode_json, read_json
 from q4jax.interop.safetensors.reader import Entry, TensorFile
-from q4jax.interop.safetensors.writer import write_file
+from q4jax.interop.safetensors.writer import layout_of, plan_file
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# More files than this are not held open: systems allow 256 and more to a process.
+_HELD = 64
+# The names that are read; Diffusers' are the second.
+SINGLES = (SINGLE, "diffusion_pytorch_model.safetensors")
+INDEXES = tuple(f"{name}.index.json" for name in SINGLES)
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 
 
 class DirectoryTensors(Mapping[str, np.ndarray]):
-    """The tensors of `model.safetensors`, or of the shards in its index, by name.
+    """The tensors of one file, or of the shards in an index, by name.
 
-    Creating it reads the headers; each lookup reads one tensor.
+    Creating it reads the headers; each lookup reads one tensor. All tensors of a shard are taken,
+    as transformers does, also those that the index does not list.
 
     Args:
-      folder: the directory.
+      folder: the directory, with files named as transformers or Diffusers names them.
 
     Raises:
-      FileNotFoundError: `model.safetensors` and its index are both missing, or a shard is.
-      ValueError: index and shards name different tensors, the index names a file outside the
-        directory, or a file is malformed.
+      FileNotFoundError: there is neither a file of tensors nor an index, or a shard is missing.
+      ValueError: the index names a tensor that no shard holds or a file outside the directory; two
+        shards hold one tensor, and the index names neither; or a file is malformed.
     """
 
     def __init__(self, folder: Path):
-        if (folder / SINGLE).is_file():
-            shards, index = [SINGLE], None
-        elif (folder / INDEX).is_file():
-            index = _read_index(folder / INDEX)
+        single, path = (
+            next((folder / name for name in names if (folder / name).is_file()), None)
+            for names in (SINGLES, INDEXES)
+        )
+        if single is not None:
+            shards, index = [single.name], {}
+        elif path is not None:
+            index = _read_index(path)
             shards = sorted(set(index.values()))
         else:
             raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
-            raise FileNotFoundError(f"{INDEX} lists shards that are not in {folder}: {absent}")
+            raise FileNotFoundError(f"the index lists shards that are not in {folder}: {absent}")
 
         self._files: dict[str, TensorFile] = {}
+        homes: dict[str, str] = {}
         for shard in shards:
-            file = TensorFile(folder / shard)
+            file = TensorFile(folder / shard, hold=len(shards) <= _HELD)
             for name in file:
-                if index is not None and index.get(name) != shard:
-                    raise ValueError(f"{shard} holds {name!r}, which {INDEX} does not place there")
-                self._files[name] = file
-        lost = sorted(set(index or ()) - set(self._files))
+                if name in homes and index.get(name) not in (shard, homes[name]):
+                    raise ValueError(f"{homes[name]} and {shard} both hold {name!r}")
+                if name not in homes or index[name] == shard:
+                    self._files[name], homes[name] = file, shard
+        lost = sorted(set(index) - set(self._files))
         if lost:
-            raise ValueError(f"{INDEX} names tensors that no shard holds: {lost}")
+            raise ValueError(f"the index names tensors that no shard holds: {lost}")
         self.layouts: dict[str, Entry] = {n: f.entries[n] for n, f in self._files.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -97,10 +110,11 @@ def write_directory(
     tensors: Mapping[str, np.ndarray],
     groups: Mapping[str, str],
     max_shard_bytes: int,
+    files: Mapping[str, bytes],
 ) -> None:
-    """Write `config.json` and one file of tensors, or shards and their index.
+    """Write `config.json`, one file of tensors or shards and their index, and other files.
 
-    `config.json` is written last, so that an interrupted write leaves no valid model.
+    They appear together, once all of them are on disk.
 
     Args:
       folder: the directory; created if missing.
@@ -109,26 +123,44 @@ def write_directory(
       groups: for each statistic of a 4-bit weight, the name of the weight; a shard holds all
         tensors of a weight.
       max_shard_bytes: the largest size of a shard of more than one weight.
+      files: the content of other files by name.
 
     Raises:
-      FileExistsError: the directory holds a checkpoint.
+      FileExistsError: the directory holds a checkpoint, or is being written.
+      ValueError: a reader would refuse the files; nothing is written.
     """
-    check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, groups, max_shard_bytes)
-    metadata = {"format": "pt"}  # transformers refuses files without it
-    if len(shards) == 1:
-        write_file(folder / SINGLE, tensors, metadata=metadata)
-    else:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_file(folder / file, {name: tensors[name] for name in names}, metadata=metadata)
-            weight_map |= dict.fromkeys(names, file)
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, 1 + len(shards))]
+    # transformers refuses files without this metadata.
+    plans = {
+        name: plan_file({key: layout_of(tensors[key]) for key in keys}, {"format": "pt"})
+        for name, keys in zip(names, shards, strict=True)
+    }
+    texts = {_plain(name): content for name, content in files.items()}
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX, index)
-    write_json(folder / CONFIG, dict(config))
+        texts[INDEX] = encode_json(index, INDEX)
+    texts[CONFIG] = encode_json(config, CONFIG)
+    with whole_directory(folder, last=CONFIG) as new:
+        check_empty(folder)
+        for name, plan in plans.items():
+            with new_file(new / name) as file:
+                plan.write(file, tensors)
+        for name, text in texts.items():
+            with new_file(new / name) as file:
+                file.write(text)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a file beside the tensors; ValueError if it is another one."""
+    taken = name == CONFIG or name.endswith((".safetensors", INDEX))
+    if taken or name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"files must not name {name!r}; they go beside {CONFIG} and the tensors")
+    return name
 
 
 def _shards(

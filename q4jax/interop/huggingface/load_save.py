@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from q4jax.convert.config import QuantConfig
+from q4jax.convert.config import QuantConfig, module_paths
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import FLOAT_DTYPES
 from q4jax.interop.bitsandbytes.state_dict import to_state_dict
 from q4jax.interop.bitsandbytes.tensors import Tree
+from q4jax.interop.bitsandbytes.weight_keys import group_keys
 from q4jax.interop.huggingface.checkpoint import Checkpoint
-from q4jax.interop.huggingface.directory import write_directory
-from q4jax.interop.huggingface.quantization_config import bnb_config, is_linear
+from q4jax.interop.huggingface.directory import CONFIG, write_directory
+from q4jax.interop.huggingface.linear_layers import choose_layers
+from q4jax.interop.huggingface.quantization_config import bnb_config, read_quantization
 from q4jax.interop.placement import Placement, place, place_weight
 from q4jax.interop.progress import Progress
 from q4jax.interop.tree import flatten
@@ -39,9 +41,10 @@ def load_directory(
     Args:
       path: the directory.
       quantization: how to quantize the linear layers of a directory in full precision; None: not
-        at all.
-      select: whether to quantize a tensor of this name and shape; None: `is_linear`. Layers in
-        `quantization.skip` are never quantized.
+        at all. They are those that transformers would quantize: `ARCHITECTURES` knows them for each
+        `model_type`. Kernels `[in, out]` (GPT-2) become `[out, in]`, as bitsandbytes has them.
+      select: whether to quantize a tensor of this name and shape, for architectures that the table
+        does not know. Layers in `quantization.skip` are never quantized.
       strict: whether unknown keys below 4-bit weights are an error; False: they are skipped with a
         UserWarning.
       sharding: a sharding for all arrays, a mapping from names to shardings, or a function from
@@ -54,36 +57,40 @@ def load_directory(
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is malformed; a weight is incomplete or not finite; `quantization` is given
-        for a directory that is quantized, or nothing is quantized.
+        for a directory that is quantized, or nothing is quantized; an entry of `quantization.skip`
+        matches no module.
       NotImplementedError: the directory is in LLM.int8, GPTQ, AWQ or another quantization method;
-        the message names it.
+        without `select`, which layers of the architecture are linear is not known. The message
+        names it.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
       >>> from q4jax.interop import huggingface
-      >>> path, tree = tempfile.mkdtemp(), {"up.weight": jnp.ones((32, 64)), "norm": jnp.ones(64)}
-      >>> huggingface.save_directory(tree, path, {"model_type": "own"})
-      >>> huggingface.load_directory(path, q4jax.QuantConfig())["up.weight"]
+      >>> path, name = tempfile.mkdtemp(), "layers.0.mlp.up_proj.weight"
+      >>> huggingface.save_directory({name: jnp.ones((32, 64))}, path, {"model_type": "llama"})
+      >>> huggingface.load_directory(path, q4jax.QuantConfig())[name]
       Params4bit(uint8[32, 32], nf4_b64_n256_float32_32x64)
     """
     checkpoint = Checkpoint(path, strict=strict)
     if quantization is not None and checkpoint.quantization is not None:
         raise ValueError(f"{path} is quantized already; quantization must be None")
-    select = select or is_linear
+    if quantization is not None:
+        quantization.require_skips(module_paths(name.split(".") for name in checkpoint))
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.layouts.items()}
+    layers = choose_layers(checkpoint.config, shapes, quantization, select)
+    if quantization is not None and not layers:
+        raise ValueError(f"{path} holds no weight to quantize among {sorted(shapes)[:5]}")
     found: Tree = {}
     with Progress("load", checkpoint.nbytes, progress) as bar:
         for name in checkpoint:
             value: Any = checkpoint.read(name, sharding)
-            if not isinstance(value, Params4bit):
-                skip = quantization is None or quantization.skips(name.rpartition(".")[0])
-                if quantization is not None and not skip and select(name, value.shape):
-                    value = place_weight(name, quantize_tensor(name, value, quantization), sharding)
-                else:
-                    value = place(name, value, sharding)
+            if quantization is not None and name in layers:
+                kernel = value.T if layers[name] == "transposed" else value
+                value = place_weight(name, quantize_tensor(name, kernel, quantization), sharding)
+            elif not isinstance(value, Params4bit):
+                value = place(name, value, sharding)
             found[name] = value
             bar.add(checkpoint.bytes_of(name))
-    if quantization is not None and not any(isinstance(w, Params4bit) for w in found.values()):
-        raise ValueError(f"{path} holds no weight to quantize among {sorted(found)[:5]}")
     return found
 
 
@@ -94,8 +101,9 @@ def save_directory(
     quant_storage: str = "uint8",
     *,
     max_shard_bytes: int = 5_000_000_000,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Save weights as a directory that transformers and bitsandbytes load.
+    """Save weights as a directory that transformers and bitsandbytes load, whole or not at all.
 
     Args:
       tree: `Params4bit` or array by Hugging Face's name, in Hugging Face's orientation.
@@ -104,11 +112,14 @@ def save_directory(
         `bnb_4bit_compute_dtype` in it is kept.
       quant_storage: dtype that holds the codes: "uint8", "bfloat16", "float16" or "float32".
       max_shard_bytes: the largest size of a file of more than one weight.
+      files: the content of other files of the directory by name, such as `tokenizer.json`.
 
     Raises:
-      FileExistsError: the directory holds a checkpoint.
+      FileExistsError: the directory holds a checkpoint or one of the files, or another thread or
+        process is writing it.
+      TypeError: the config holds a value that JSON has not, or a leaf is not an array.
       ValueError: one `quantization_config` cannot describe the weights, or
-        `bitsandbytes.to_state_dict` refuses them.
+        `bitsandbytes.to_state_dict` or `bitsandbytes.save_file` refuses them.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, q4jax
@@ -119,16 +130,22 @@ def save_directory(
       >>> huggingface.load_directory(path)
       {'up.weight': Params4bit(uint8[32, 32], fp4_b64_n0_float32_32x64)}
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be the content of {CONFIG}, got {type(config).__name__}")
     flat = flatten(tree)
     previous = config.get("quantization_config") or {}
+    if not isinstance(previous, Mapping):
+        raise ValueError(f"config: quantization_config must be an object, got {previous!r}")
     config = {k: v for k, v in config.items() if k != "quantization_config"}
-    entry = bnb_config(flat, quant_storage, previous.get("bnb_4bit_compute_dtype"))
+    entry = bnb_config(flat, quant_storage, previous.get("bnb_4bit_compute_dtype"), config)
     if entry is not None:
         config["quantization_config"] = entry
+    # Nothing is written that could not be read back.
+    read_quantization(config, Path(CONFIG))
     tensors = to_state_dict(flat, quant_storage)
-    quantized = [name for name, leaf in flat.items() if isinstance(leaf, Params4bit)]
-    groups = {key: name for name in quantized for key in tensors if key.startswith(f"{name}.")}
-    write_directory(Path(path), config, tensors, groups, max_shard_bytes)
+    weights = group_keys(tensors).weights.values()
+    groups = {key: weight.name for weight in weights for key in weight.statistics.values()}
+    write_directory(Path(path), config, tensors, groups, max_shard_bytes, files or {})
 
 
 def quantize_tensor(name: str, tensor: np.ndarray, config: QuantConfig | QuantRule) -> Params4bit:

@@ -1,27 +1,13 @@
 """The `quantization_config` of a `config.json`, read and written."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from q4jax.convert.config import QuantConfig
+from q4jax.interop.huggingface.linear_layers import skip_list
 from q4jax.ops.params import Params4bit
-
-# Embedding tables are matrices too, but no linear layers.
-_EMBEDDING = re.compile(r"embed|\bw[tp]e\b")
-
-
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor looks like the weight of a linear layer.
-
-    Examples:
-      >>> is_linear("model.layers.0.mlp.up_proj.weight", (8, 4))
-      True
-      >>> is_linear("model.embed_tokens.weight", (8, 4)), is_linear("model.norm.weight", (4,))
-      (False, False)
-    """
-    return name.endswith(".weight") and len(shape) == 2 and not _EMBEDDING.search(name)
 
 
 def read_quantization(config: Mapping[str, Any], path: Path) -> QuantConfig | None:
@@ -59,7 +45,10 @@ def read_quantization(config: Mapping[str, Any], path: Path) -> QuantConfig | No
 
 
 def bnb_config(
-    flat: Mapping[str, Any], quant_storage: str, compute_dtype: str | None
+    flat: Mapping[str, Any],
+    quant_storage: str,
+    compute_dtype: str | None,
+    config: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """Return the `quantization_config` that describes weights; None if none is 4-bit.
 
@@ -67,6 +56,8 @@ def bnb_config(
       flat: `Params4bit` or array by name.
       quant_storage: dtype that holds the codes in the files.
       compute_dtype: `bnb_4bit_compute_dtype`; None: the dtype before quantization.
+      config: the content of `config.json`, whose `model_type` says which weights are those of
+        linear layers. Without a type that is known, names and shapes say it (`is_linear`).
 
     Raises:
       ValueError: the 4-bit weights differ in quant type or in double quantization.
@@ -79,7 +70,6 @@ def bnb_config(
     if len(formats) > 1:
         raise ValueError(f"one quantization_config cannot describe all of {formats}")
     ((quant_type, nested),) = formats
-    kept = [n for n, w in flat.items() if n not in quantized and is_linear(n, w.shape)]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -90,7 +80,7 @@ def bnb_config(
         "bnb_4bit_use_double_quant": nested,
         "bnb_4bit_compute_dtype": compute_dtype or next(iter(quantized.values())).dtype.name,
         "bnb_4bit_quant_storage": quant_storage,
-        "llm_int8_skip_modules": [name.removesuffix(".weight") for name in kept] or None,
+        "llm_int8_skip_modules": skip_list(config, flat),
         "llm_int8_threshold": 6.0,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,

@@ -1,31 +1,32 @@
 """PEFT's `adapter_config.json` of LoRA adapters."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from q4jax.interop.peft.patterns import check_pattern, is_named, lookup
+
 # Entries that change the computation or the files and are not implemented.
 _UNSUPPORTED = (
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out"),
-    *("kasa_config", "layer_replication", "lora_bias", "megatron_config", "modules_to_save"),
-    *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"),
-    *("use_dora", "use_qalora", "velora_config"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("layer_replication", "lora_bias", "megatron_config", "monteclora_config"),
+    *("trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
 )
 # Entries that only matter when an adapter is created, or repeat the names of its tensors.
 _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    *("task_type", "target_modules"),
+    # The orientation of the base's kernels, which the files do not hold.
+    *("task_type", "target_modules", "fan_in_fan_out"),
 }
 _READ = {
-    *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type"),
-    *("r", "rank_pattern", "use_rslora"),
+    *("alpha_pattern", "bias", "ensure_weight_tying", "init_lora_weights", "lora_alpha"),
+    *("lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_parameters"),
+    *("use_dora", "use_rslora"),
 }
 # Initializations that keep the base weights; "pissa" and others subtract from them.
-_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ class AdapterConfig:
       dropout: dropout rate of an adapter's input in training.
       ranks: ranks of single modules, by name or regular expression.
       alphas: alphas of single modules, by name or regular expression.
+      parameters: names of parameters that have an adapter (`target_parameters`).
+      saved: names of modules whose own weights are in the files (`modules_to_save`).
+      dora: whether the adapters have magnitudes (`use_dora`).
+      tied: whether a head that shares the embedding's weight shares its adapter
+        (`ensure_weight_tying`).
     """
 
     rank: int
@@ -47,14 +53,23 @@ class AdapterConfig:
     dropout: float = 0.0
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    dora: bool = False
+    tied: bool = False
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapter, by PEFT's dotted name."""
-        return _lookup(self.ranks, module, self.rank)
+        return int(lookup(self.ranks, self._key(module), self.rank))
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha of a module's adapter, by PEFT's dotted name."""
-        return _lookup(self.alphas, module, self.alpha)
+        return float(lookup(self.alphas, self._key(module), self.alpha))
+
+    def _key(self, module: str) -> str:
+        """The name that PEFT compares with the patterns: the parameter's, where that is adapted."""
+        weight = f"{module}.weight"
+        return weight if is_named(weight, self.parameters) else module
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "AdapterConfig":
@@ -91,15 +106,27 @@ class AdapterConfig:
             dropout=_dropout(config.get("lora_dropout", 0.0)),
             ranks=_patterns("rank_pattern", config.get("rank_pattern"), _rank),
             alphas=_patterns("alpha_pattern", config.get("alpha_pattern"), _number),
+            parameters=_names("target_parameters", config.get("target_parameters")),
+            saved=_names("modules_to_save", config.get("modules_to_save")),
+            dora=_flag("use_dora", config.get("use_dora") or False),
+            tied=_flag("ensure_weight_tying", config.get("ensure_weight_tying") or False),
         )
 
-    def to_json(self, targets: list[str], base: str | None) -> dict[str, Any]:
+    def to_json(
+        self, targets: list[str], base: str | None, revision: str | None = None
+    ) -> dict[str, Any]:
         """Return the content of an `adapter_config.json` that PEFT reads.
 
         Args:
           targets: last names of the adapted modules.
           base: name of the base model, or None.
+          revision: that of the base, or None.
         """
+        optional: dict[str, Any] = {}
+        if self.parameters:
+            optional["target_parameters"] = list(self.parameters)
+        if self.tied:
+            optional["ensure_weight_tying"] = True
         return {
             "alpha_pattern": dict(self.alphas),
             "base_model_name_or_path": base,
@@ -109,31 +136,17 @@ class AdapterConfig:
             "init_lora_weights": True,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
-            "modules_to_save": None,
+            "modules_to_save": list(self.saved) or None,
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": dict(self.ranks),
+            "revision": revision,
             "target_modules": targets,
             "task_type": "CAUSAL_LM",
-            "use_dora": False,
+            "use_dora": self.dora,
             "use_rslora": self.rslora,
+            **optional,
         }
-
-
-def _lookup(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        # PEFT matches a suffix of the module's name or a regular expression.
-        if f".{module}".endswith(f".{pattern}") or _matches(pattern, module):
-            return value
-    return default
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Match a regular expression of plain names, "^", "$" and escaped dots only."""
-    simple = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if re.fullmatch(r"[\w.-]+", simple) is None:
-        raise NotImplementedError(f"the pattern {pattern!r} is not implemented")
-    return module == simple
 
 
 def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
@@ -141,7 +154,17 @@ def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object, got {value!r}")
-    return {key: check(f"{name} of {key}", entry) for key, entry in value.items()}
+    return {
+        check_pattern(name, key): check(f"{name} of {key}", entry) for key, entry in value.items()
+    }
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"{name} must be a list of names, got {value!r}")
+    return tuple(value)
 
 
 def _rank(name: str, value: Any) -> int:
@@ -151,7 +174,8 @@ def _rank(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # An int may be larger than any float, which isfinite cannot tell.
+    if type(value) not in (int, float) or not abs(value) < 2**1023:  # nor is NaN
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     number: float = value
     return number

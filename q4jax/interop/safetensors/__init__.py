@@ -1,4 +1,4 @@
-"""Safetensors files: a strict reader and an atomic writer.
+"""Safetensors files: a strict reader, and a writer of whole files.
 
 They depend on no package for the format. Tensors are read one at a time, into aligned memory that
 `jax.device_put` uses without another copy.

@@ -3,6 +3,7 @@
 import math
 import os
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import numpy as np
 from q4jax.interop.files import decode_json
 from q4jax.interop.host_arrays import aligned_empty
 
+# Some systems refuse to read 2 GB at once.
+_AT_ONCE = 2**30
 # The format's own limit.
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 _MAX_AXES, _MAX_NAME = 32, 4096
 _LARGEST = 2**63 - 1
 
@@ -61,6 +64,8 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     Args:
       path: a regular file, or a link to one.
+      hold: whether the file stays open, so that all tensors are of one file though another takes
+        its place. If False, such a change is an error on the next lookup.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -77,7 +82,7 @@ class TensorFile(Mapping[str, np.ndarray]):
       array([0, 1, 2])
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, hold: bool = True):
         self.path = Path(path)
         try:
             # Checked before opening, since opening a pipe waits for a writer.
@@ -85,20 +90,29 @@ class TensorFile(Mapping[str, np.ndarray]):
                 raise ValueError(f"{self.path} is not a regular file")
         except ValueError as error:  # also raised by stat for a zero byte in the name
             raise ValueError(str(error)) from None
-        with open(self.path, "rb", buffering=0) as file:
-            self._identity = _identity(file.fileno())
+        descriptor = _open(self.path)
+        try:
+            self._identity = _identity(descriptor)
             size = self._identity[-1]
-            length = int.from_bytes(_read(file, 8, self.path), "little") if size >= 8 else -1
-            if not 0 <= length <= min(size - 8, _MAX_HEADER):
+            length = int.from_bytes(self._read(descriptor, 0, 8), "little") if size >= 8 else -1
+            if not 0 <= length <= min(size - 8, MAX_HEADER):
                 raise ValueError(
                     f"{self.path} is not a safetensors file: {size} bytes cannot hold a header of "
                     f"{length}"
                 )
-            text = _read(file, length, self.path)
-        try:
-            self.metadata, self.entries = _entries(decode_json(text), 8 + length, size)
-        except ValueError as error:
-            raise ValueError(f"{self.path} has a malformed header: {error}") from None
+            text = self._read(descriptor, 8, length)
+            try:
+                self.metadata, self.entries = parse_header(text, size)
+            except ValueError as error:
+                raise ValueError(f"{self.path} has a malformed header: {error}") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._held = descriptor if hold else None
+        if hold:
+            weakref.finalize(self, os.close, descriptor)
+        else:
+            os.close(descriptor)
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
@@ -113,11 +127,19 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise ValueError(f"{name} takes {entry.nbytes} contiguous bytes, out has {out.nbytes}")
         if not entry.nbytes:
             return
-        with open(self.path, "rb", buffering=0) as file:
-            if _identity(file.fileno()) != self._identity:
+        descriptor = _open(self.path) if self._held is None else self._held
+        try:
+            if _identity(descriptor) != self._identity:
                 raise ValueError(f"{self.path} was changed while it was read")
-            file.seek(entry.start)
-            _read_into(file, out.reshape(-1).view(np.uint8), self.path)
+            _read_into(descriptor, entry.start, out.reshape(-1).view(np.uint8), self.path)
+        finally:
+            if self._held is None:
+                os.close(descriptor)
+
+    def _read(self, descriptor: int, start: int, count: int) -> bytes:
+        buffer = np.empty(count, np.uint8)
+        _read_into(descriptor, start, buffer, self.path)
+        return buffer.tobytes()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -126,8 +148,13 @@ class TensorFile(Mapping[str, np.ndarray]):
         return len(self.entries)
 
 
-def _entries(header: Any, origin: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Return metadata and tensors, which must fill the bytes from `origin` to `size`."""
+def parse_header(text: bytes, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Return metadata and tensors, which must fill a file of `size` bytes after its header.
+
+    Raises:
+      ValueError: the header is not JSON, repeats a key, or describes no such file.
+    """
+    header, origin = decode_json(text), 8 + len(text)
     if not isinstance(header, dict):
         raise ValueError(f"it must be a JSON object, got {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
@@ -181,21 +208,29 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n <= _LARGEST for n in values)
 
 
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
 def _identity(descriptor: int) -> tuple[int, ...]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _read(file: Any, count: int, path: Path) -> bytes:
-    buffer = np.empty(count, np.uint8)
-    _read_into(file, buffer, path)
-    return buffer.tobytes()
-
-
-def _read_into(file: Any, buffer: np.ndarray, path: Path) -> None:
+def _read_into(descriptor: int, start: int, buffer: np.ndarray, path: Path) -> None:
     view = memoryview(buffer.data)
     while len(view):
-        count = file.readinto(view)
+        count = _read_at(descriptor, start, view[:_AT_ONCE])
         if not count:
             raise ValueError(f"{path} ended while it was read")
-        view = view[count:]
+        start, view = start + count, view[count:]
+
+
+def _read_at(descriptor: int, start: int, view: memoryview) -> int:
+    # At a position of its own: threads and forked processes share that of the descriptor.
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], start)
+    os.lseek(descriptor, start, os.SEEK_SET)  # Windows
+    data = os.read(descriptor, len(view))
+    view[: len(data)] = data
+    return len(data)

@@ -5,6 +5,7 @@ length bucket only; sampling parameters and stop tokens are traced.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from q4jax.models.decoder.decoder import Llama
+from q4jax.models.decoder.kv_cache import KVCache
+from q4jax.models.generation.arguments import integer, random_key, token_ids
 from q4jax.models.generation.prompts import Prompts, bucket
 from q4jax.models.generation.sampling import Method, Sampling
-from q4jax.models.llama.decoder import Llama, check_token_ids
-from q4jax.models.llama.kv_cache import KVCache
 
 # The array of stop tokens is padded to a multiple of this, so that few lengths are compiled.
 _STOP_SLOTS = 8
@@ -46,10 +48,10 @@ def generate(
       input_ids: int `[B, P]`, or B lists of tokens of any lengths.
       max_new_tokens: the largest number of tokens to add.
       temperature: 0 takes the most likely token; above 0, tokens are sampled from
-        softmax(logits / temperature).
-      top_k: sample from the `top_k` most likely tokens only.
+        softmax(logits / temperature). Numbers may be Python's, or scalars of NumPy or JAX.
+      top_k: sample from the `top_k` most likely tokens only; None or 0: from all.
       top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least
-        `top_p`, after `top_k`.
+        `top_p`, after `top_k`; None or 1: from all.
       eos_token_id: token or tokens that end a row.
       pad_token_id: token after the end of a row, and before the shorter of several lists; None: the
         first `eos_token_id`, or 0.
@@ -61,9 +63,10 @@ def generate(
       int32 `[B, P + max_new_tokens]`, prompts included. For lists, P is the longest length.
 
     Raises:
-      ValueError: an argument is out of range, a token is not in the vocabulary, or the text would
-        be longer than the model's context. The message names the argument, its value and what is
-        allowed.
+      ValueError: an argument is out of range or of another type, a token is not in the vocabulary,
+        or the text would be longer than the model's context. The message names the argument, its
+        value and what is allowed.
+      TypeError: the model is no `Llama`.
 
     Examples:
       >>> from flax import nnx
@@ -72,19 +75,25 @@ def generate(
       >>> generate(model, [[1, 2, 3], [4]], 5).shape
       (2, 8)
     """
-    vocab_size = model.config.vocab_size
+    if not isinstance(model, Llama):
+        raise TypeError(f"model must be a q4jax.models.Llama, got {type(model).__name__}")
+    vocab_size, context = model.config.vocab_size, model.config.context_length
     method, sampling = Sampling.from_arguments(temperature, top_k, top_p, vocab_size)
     if method != "greedy" and rng is None:
         raise ValueError(f"temperature={temperature} draws at random: pass rng, a JAX random key")
-    stops = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
-    check_token_ids("eos_token_id", stops, vocab_size)
-    pad = pad_token_id if pad_token_id is not None else (stops or (0,))[0]
-    check_token_ids("pad_token_id", pad, vocab_size)
+    key = jax.random.key(0) if rng is None else random_key("rng", rng)
+    stops = () if eos_token_id is None else token_ids("eos_token_id", eos_token_id, vocab_size)
+    allowed = f"from 0 to vocab_size-1={vocab_size - 1}"
+    pad = (stops or (0,))[0]
+    if pad_token_id is not None:
+        pad = integer("pad_token_id", pad_token_id, 0, vocab_size - 1, allowed)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback must be a function or None, got {callback!r}")
+    max_new_tokens = integer("max_new_tokens", max_new_tokens, 0, math.inf, "at least 0")
     prompts = Prompts.from_ids(input_ids, attention_mask, pad, vocab_size)
-    _check_length(prompts.longest, max_new_tokens, model.config.context_length)
+    _check_length(prompts.longest, max_new_tokens, context)
     if max_new_tokens == 0:
         return jnp.asarray(prompts.shown)
-    key = jax.random.key(0) if rng is None else rng
     choice = _Choice(sampling, key, _padded(stops), np.int32(pad))
 
     graphdef, state = nnx.split(model)
@@ -142,7 +151,7 @@ def _prefill(
         tokens=jnp.full((batch, slots), choice.pad, jnp.int32),
         last=ids[:, -1],
         done=jnp.zeros(batch, bool),
-        cache=KVCache.empty(model.config, batch, length + slots, dtype),
+        cache=KVCache.empty(model.stacks, batch, length + slots, dtype),
     )
     return _extend(model, method, choice, start, ids, mask)
 
@@ -169,7 +178,7 @@ def _extend(
     key = jax.random.fold_in(choice.key, run.step)
     chosen = choice.sampling.choose(method, model.logits(hidden[:, -1]), key)
     chosen = jnp.where(run.done, choice.pad, chosen)
-    tokens = jax.lax.dynamic_update_slice(run.tokens, chosen[:, None], (0, run.step))
+    tokens = jax.lax.dynamic_update_slice(run.tokens, chosen[:, None], (np.int32(0), run.step))
     done = run.done | jnp.isin(chosen, choice.stops)
     return _Run(run.step + 1, tokens, chosen, done, cache)
 
@@ -182,8 +191,6 @@ def _padded(stops: tuple[int, ...]) -> np.ndarray:
 
 
 def _check_length(longest: int, max_new_tokens: int, context: int) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     total = longest + max_new_tokens
     if total > context:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from q4jax.models.llama.decoder import check_token_ids
+from q4jax.models.decoder.sequences import check_mask, check_token_ids
 
 _SMALLEST = 16
 
@@ -57,11 +57,14 @@ class Prompts(NamedTuple):
             array = np.asarray(input_ids)
             if array.ndim != 2:
                 raise ValueError(f"input_ids must be [batch, tokens], got {array.shape}")
-            mask = np.ones(array.shape) if attention_mask is None else np.asarray(attention_mask)
+            mask = np.asarray(
+                np.ones(array.shape, bool) if attention_mask is None else attention_mask
+            )
             if mask.shape != array.shape:
                 raise ValueError(
                     f"attention_mask must be {array.shape} as input_ids, got {mask.shape}"
                 )
+            check_mask(mask)
             rows = [row[real.astype(bool)] for row, real in zip(array, mask, strict=True)]
             if not rows:
                 raise ValueError(f"input_ids must hold a prompt, got {array.shape}")

@@ -12,25 +12,30 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from q4jax.convert.plan import report
-from q4jax.convert.rules import Config
+from q4jax.convert.rules import Config, Rules
+from q4jax.core.argument_names import name_ours
 from q4jax.core.spec import float_dtype
 from q4jax.interop.huggingface.checkpoint import Checkpoint
 from q4jax.interop.placement import Placement
 from q4jax.interop.progress import Progress
-from q4jax.models.llama.config import LlamaConfig
-from q4jax.models.llama.decoder import Llama
-from q4jax.models.llama.shardings import LlamaShardings
-from q4jax.models.llama.tensor_names import tensor_names
+from q4jax.models.decoder.config import LlamaConfig
+from q4jax.models.decoder.decoder import Llama
+from q4jax.models.decoder.shardings import LlamaShardings
+from q4jax.models.decoder.spec import Experts
+from q4jax.models.decoder.stacks import group_layers
+from q4jax.models.decoder.tensor_names import TensorNames
+from q4jax.models.pretrained.layer_kinds import layer_kinds, layer_names, linear_sources
 from q4jax.models.pretrained.loader import Loader
-from q4jax.nnx.convert import plan_quantization
-from q4jax.nnx.traverse import iter_modules
+from q4jax.models.pretrained.text_checkpoint import TextCheckpoint
+from q4jax.nnx.convert import apply_rules
 
-# Buffers of old checkpoints that are computed from the config.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers of old checkpoints that are computed from the config, and layers that predict further
+# tokens, which transformers does not read either.
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^mtp\.")
 _MAX_SHOWN = 10
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@name_ours
 def from_pretrained(
     path: str | os.PathLike[str],
     quantization: Config = None,
@@ -40,17 +45,19 @@ def from_pretrained(
     sharding: Placement | None = None,
     progress: bool | None = None,
 ) -> Llama:
-    """Load a model of the Llama family from a Hugging Face directory.
+    """Load a language model from a Hugging Face directory.
 
-    Its `model_type` is llama, mistral, qwen2, qwen3, mixtral, qwen2_moe or qwen3_moe, and its
-    weights are float32, float16, bfloat16, or bitsandbytes' 4 bits. Tensors are read one at a time:
-    the host holds the model and a few of its largest tensors.
+    docs/models.md lists the families. The weights are float32, float16, bfloat16 or bitsandbytes'
+    4 bits, and may differ from layer to layer. Tensors are read one at a time: the host holds the
+    model and a few of its largest tensors. Of a vision-language model, the text model is read.
 
     Args:
       path: a directory with `config.json` and `model.safetensors`, or shards and
         `model.safetensors.index.json`.
       quantization: how to quantize the projections of a model in full precision: a `QuantConfig`,
-        which skips `lm_head`, or a list of `QuantRule`s; None: not at all.
+        which skips `lm_head`, or a list of `QuantRule`s; None: not at all. Entries of `skip` may be
+        paths of transformers' modules ("model.layers.0.mlp") or of this model's ("layers.mlp").
+        Layers that are quantized differently have stacks of their own.
       dtype: compute dtype; None: the `bnb_4bit_compute_dtype` of `config.json`, else its `dtype`,
         else that of the weights. Weights keep their stored dtype; norm scales become float32.
       mesh: mesh to shard the model on as `LlamaShardings` does, with axes among "data", "fsdp",
@@ -73,7 +80,7 @@ def from_pretrained(
         if sharding is not None:
             raise ValueError("mesh and sharding are both given; pass one of them")
         sharding = LlamaShardings(mesh)
-    checkpoint = Checkpoint(path)
+    checkpoint = TextCheckpoint(path)
     if quantization is not None and checkpoint.quantization is not None:
         raise ValueError(f"{path} is quantized already; quantization must be None")
     config = LlamaConfig.from_hf(checkpoint.config)
@@ -120,17 +127,30 @@ def _load(
     bar: Progress,
 ) -> Llama:
     _check_sizes(config, len(tensors))
-    stored = _embedding_dtype(tensors)
+    stored = _embedding_dtype(config, tensors)
     dtypes: dict[str, Any] = {
         "param_dtype": stored,
         "dtype": float_dtype(stored if dtype is None else dtype),
     }
-    model: Llama = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **dtypes))
+
+    def build(kinds: list[Any] | None = None) -> Llama:
+        model: Llama = nnx.eval_shape(
+            lambda: Llama(config, kinds=kinds, rngs=nnx.Rngs(0), **dtypes)
+        )
+        return model
+
+    model = build()
     _check_names(model, tensors)
-    if quantization is not None:
-        decisions = plan_quantization(model, quantization)
+    specs = tensors.specs if isinstance(tensors, Checkpoint) else {}
+    rules = None if quantization is None else Rules(quantization, {}, layer_names(model))
+    kinds = layer_kinds(model, specs, rules)
+    if group_layers(config.decoder.layers, kinds) != model.groups:
+        model = build(kinds)
+        rules = None if quantization is None else Rules(quantization, {}, layer_names(model))
+    if rules is not None:
+        linear = linear_sources(model)
+        decisions = apply_rules(model, rules)
         report(decisions)
-        linear = _linear_paths(model)
         other = [d.path for d in decisions.quantized if d.path not in linear]
         if other:
             raise ValueError(
@@ -140,12 +160,10 @@ def _load(
         quantized = {decision.path: decision.rule for decision in decisions.quantized}
         blocksizes = {path: rule.blocksize for path, rule in quantized.items() if rule is not None}
     else:
-        specs = tensors.specs if isinstance(tensors, Checkpoint) else {}
         blocksizes = {
-            path: specs[name].blocksize
-            for path, names in _linear_paths(model).items()
-            for name in names
-            if name in specs
+            path: specs[source.names[0]].blocksize
+            for path, source in linear_sources(model).items()
+            if source.names[0] in specs
         }
         quantized = dict.fromkeys(blocksizes)
     if isinstance(sharding, LlamaShardings):
@@ -155,51 +173,44 @@ def _load(
     return Loader(tensors, quantized, dtypes["dtype"], sharding, bar).fill(model)
 
 
-def _linear_paths(model: Llama) -> dict[str, list[str]]:
-    """Return the tensors of each linear layer's weight by dotted path."""
-    return {
-        path: tensor_names((*path.split("."), "kernel"), model.config)
-        for path, module in iter_modules(model)
-        if isinstance(module, nnx.Linear)
-    }
-
-
-def _embedding_dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
+def _embedding_dtype(config: LlamaConfig, tensors: Mapping[str, Any]) -> np.dtype[Any]:
     """Return the dtype of the embedding, in which the model is built."""
-    if _EMBEDDING not in tensors:
-        raise ValueError(f"tensors missing: [{_EMBEDDING!r}]")
-    layouts = tensors.tensors.layouts if isinstance(tensors, Checkpoint) else tensors
-    if isinstance(tensors, Checkpoint) and _EMBEDDING in tensors.specs:
-        raise ValueError(f"{_EMBEDDING} is 4-bit, but not the weight of a linear layer")
-    return float_dtype(layouts[_EMBEDDING].dtype, f"dtype of {_EMBEDDING}")
+    name = TensorNames(config, ()).source(("embed_tokens", "embedding")).names[0]
+    if name not in tensors:
+        raise ValueError(f"tensors missing: [{name!r}]")
+    if isinstance(tensors, Checkpoint) and name in tensors.specs:
+        raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
+    found = tensors.layout(name) if isinstance(tensors, Checkpoint) else tensors[name]
+    return float_dtype(found.dtype, f"dtype of {name}")
 
 
 def _check_sizes(config: LlamaConfig, tensors: int) -> None:
     """Raise ValueError if there are fewer tensors than experts, before names are built."""
     count, sizes = config.num_hidden_layers, f"num_hidden_layers={config.num_hidden_layers}"
-    if config.experts is not None:
-        count *= config.experts.num_experts
-        sizes += f" and num_experts={config.experts.num_experts}"
+    mixtures = [la.mlp for la in config.decoder.layers if isinstance(la.mlp, Experts)]
+    if mixtures and mixtures[0].layout == "apart":
+        count = len(mixtures) * mixtures[0].count
+        sizes += f" and num_experts={mixtures[0].count}"
     if count > tensors:
         raise ValueError(f"{sizes}, but there are {tensors} tensors")
 
 
 def _check_names(model: Llama, tensors: Mapping[str, Any]) -> None:
     """Raise ValueError unless model and checkpoint have the same tensor names."""
-    config = model.config
-    expected = {
-        name
-        for path, _ in nnx.to_flat_state(nnx.state(model))
-        for name in tensor_names(path, config)
-    }
-    found = {name for name in tensors if not _BUFFERS.search(name)}
+    config, names = model.config, TensorNames.of(model)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
+    expected = {name for path in paths for name in names.source(path).names}
+    first, further = config.num_hidden_layers, config.decoder.further_layers
+    beyond = tuple(f"{names.family.layers}.{first + i}." for i in range(further))
+    found = {n for n in tensors if not _UNUSED.search(n) and not n.startswith(beyond)}
     missing, unexpected = sorted(expected - found), sorted(found - expected)
+    head, embedding = f"{names.family.head}.weight", f"{names.family.embed}.weight"
     if (
         config.tie_word_embeddings
-        and _HEAD in unexpected
-        and np.array_equal(tensors[_HEAD], tensors[_EMBEDDING])
+        and head in unexpected
+        and np.array_equal(tensors[head], tensors[embedding])
     ):
-        unexpected.remove(_HEAD)
+        unexpected.remove(head)
     if missing or unexpected:
         raise ValueError(
             f"the config of a {config.model_type} does not fit: tensors missing: "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,14 @@ from q4jax.interop.huggingface.load_save import quantize_tensor
 from q4jax.interop.placement import Placement, place
 from q4jax.interop.progress import Progress
 from q4jax.interop.safetensors.reader import Entry
-from q4jax.models.llama.decoder import Llama
-from q4jax.models.llama.tensor_names import (
-    LEAVES,
-    VariablePath,
-    is_transposed,
-    lead_shape,
-    tensor_names,
-)
+from q4jax.models.decoder.decoder import Llama
+from q4jax.models.decoder.tensor_names import Source, TensorNames
 from q4jax.models.pretrained.stacked_weight import WeightStack
 from q4jax.nnx.linear import Linear4bit
 from q4jax.nnx.traverse import replace_modules
 
-_STRIP = 64
+_THREADS = 4
+_STRIP = 32  # bytes: more rows than the cache has ways would evict each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,33 +45,36 @@ class Loader:
     dtype: Any
     sharding: Placement | None
     bar: Progress
+    _pool: ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: ThreadPoolExecutor(_THREADS), init=False
+    )
 
     def fill(self, model: Llama) -> Llama:
         """Return the model with all variables filled; ValueError names a wrong tensor."""
-        config = model.config
+        with self._pool:
+            return self._fill(model)
+
+    def _fill(self, model: Llama) -> Llama:
+        names = TensorNames.of(model)
 
         def replace(path: str, module: nnx.Module) -> nnx.Module:
-            parts = tuple(path.split("."))
-            leaves = [
-                leaf
-                for leaf, value in vars(module).items()
-                if isinstance(value, nnx.Param) and leaf in LEAVES
-            ]
-            for leaf in leaves:
-                at = (*parts, leaf)
-                names = tensor_names(at, config)
+            parts = tuple(path.split(".")) if path else ()
+            for leaf, variable in list(vars(module).items()):
+                if not isinstance(variable, nnx.Param):
+                    continue
                 if leaf == "kernel" and path in self.quantized:
                     continue
-                variable = getattr(module, leaf)
-                value = self._dense(at, names, lead_shape(at, config), variable.shape)
+                source = names.source((*parts, leaf))
+                value = self._dense(leaf, source, variable.shape, variable.dtype)
                 array = place(f"{path}.{leaf}", value, self.sharding)
                 setattr(module, leaf, variable.replace(array))
             if path not in self.quantized or not isinstance(module, nnx.Linear):
                 return module
-            names = tensor_names((*parts, "kernel"), config)
+            source = names.source((*parts, "kernel"))
             wanted = (module.out_features, module.in_features)
             rule = self.quantized[path]
-            weight = self._weight(names, wanted, lead_shape(parts, config), rule)
+            lead = module.kernel.shape[:-2]
+            weight = self._weight(source, wanted, lead, rule)
             layer = Linear4bit.from_weight(
                 weight.finish(f"{path}.weight", self.sharding),
                 dtype=self.dtype if rule is None or rule.dtype is None else rule.dtype,
@@ -87,51 +86,61 @@ class Loader:
 
     def _weight(
         self,
-        names: list[str],
+        source: Source,
         wanted: tuple[int, int],
         lead: tuple[int, ...],
         rule: QuantRule | None,
     ) -> WeightStack:
         """Read or quantize the 4-bit weight of one module, matrix by matrix."""
         stack = WeightStack(lead)
-        for name in names:
+        reads: list[Future[None]] = []
+        inner = lead[len(source.lead) :]  # of experts in one tensor
+        shape = wanted if source.transposed else wanted[::-1]
+        for name in source.names:
             if isinstance(self.tensors, Checkpoint) and name in self.tensors.specs:
                 state = self.tensors.read_state(name)
                 _check_shape(name, state.shape, wanted)
-                self.tensors.read_into(name, stack.add(name, state))
+                codes = stack.add(name, state)
+                reads.append(self._pool.submit(self.tensors.read_into, name, codes))
             elif rule is None:
                 raise ValueError(f"{name} is not 4-bit, but the same weight of another layer is")
             else:
                 tensor = self.tensors[name]
-                _check_shape(name, tensor.shape, wanted)
-                weight = quantize_tensor(name, tensor, rule)
-                stack.add(name, weight.quant_state)[...] = np.asarray(weight.packed)
+                _check_shape(name, tensor.shape, (*inner, *shape))
+                for matrix in np.asarray(tensor).reshape(-1, *shape):
+                    matrix = matrix if source.transposed else np.ascontiguousarray(matrix.T)
+                    weight = quantize_tensor(name, matrix, rule)
+                    stack.add(name, weight.quant_state)[...] = np.asarray(weight.packed)
             self._count(name)
+        for read in reads:
+            read.result()
         return stack
 
-    def _dense(
-        self, path: VariablePath, names: list[str], lead: tuple[int, ...], shape: tuple[int, ...]
-    ) -> np.ndarray:
+    def _dense(self, leaf: str, source: Source, shape: tuple[int, ...], made: Any) -> np.ndarray:
         """Return one dense variable: its tensors, transposed for a kernel and stacked."""
         value, stored = np.empty(0), None
-        wanted = shape[len(lead) :]
-        for index, name in enumerate(names):
-            tensor = self._layout(path, name)
+        wanted = shape[len(source.lead) :]
+        turned = (*wanted[:-2], *wanted[-2:][::-1]) if source.transposed else wanted
+        for index, name in enumerate(source.names):
+            tensor = self._layout(leaf, name, source)
             if tensor.dtype not in FLOAT_DTYPES:
                 allowed = ", ".join(dtype.name for dtype in FLOAT_DTYPES)
                 raise ValueError(f"{name} is {tensor.dtype}; allowed are {allowed}")
-            _check_shape(name, tensor.shape, wanted[::-1] if is_transposed(path) else wanted)
+            _check_shape(name, tensor.shape, turned)
             if stored is None:
                 stored = tensor.dtype
-                scale = path[-1] == "scale"
-                value = aligned_empty(shape, np.dtype(np.float32) if scale else stored)
+                # What the model computes in float32 is kept so.
+                value = aligned_empty(shape, made if made == np.float32 else stored)
             if tensor.dtype != stored:
                 raise ValueError(
                     f"{name} is {tensor.dtype}, but the same weight of layer 0 is {stored}"
                 )
-            out = value[np.unravel_index(index, lead)] if lead else value
-            if is_transposed(path):
-                _copy_transposed(self._array(name, tensor), out)
+            at: Any = (*np.unravel_index(index, source.lead), ...) if source.lead else ...
+            out = value[at]
+            if source.transposed:
+                matrices = self._array(name, tensor).reshape(-1, *turned[-2:])
+                for matrix, part in zip(matrices, out.reshape(-1, *wanted[-2:]), strict=True):
+                    self._copy_transposed(matrix.astype(out.dtype, copy=False), part)
             elif isinstance(self.tensors, Checkpoint) and out.dtype == stored:
                 self.tensors.read_into(name, out)
             else:
@@ -139,7 +148,20 @@ class Loader:
             self._count(name)
         return value
 
-    def _layout(self, path: VariablePath, name: str) -> Any:
+    def _copy_transposed(self, tensor: np.ndarray, out: np.ndarray) -> None:
+        """Copy `tensor.T` into `out`, in strips that fit the CPU cache."""
+        bits, rows = f"u{tensor.itemsize}", _STRIP // tensor.itemsize
+        tensor, out = tensor.view(bits), out.view(bits)
+
+        def copy(part: int) -> None:
+            share = -(-len(tensor) // (_THREADS * rows)) * rows
+            for start in range(part * share, min((part + 1) * share, len(tensor)), rows):
+                strip = slice(start, start + rows)
+                out[:, strip] = tensor[strip].T
+
+        list(self._pool.map(copy, range(_THREADS)))
+
+    def _layout(self, leaf: str, name: str, source: Source) -> Any:
         """Return an object with the dtype and shape of a tensor, without reading a dense one.
 
         Routers are dense in the model; one that bitsandbytes has quantized is decoded here.
@@ -147,11 +169,12 @@ class Loader:
         if not isinstance(self.tensors, Checkpoint):
             return self.tensors[name]
         if name not in self.tensors.specs:
-            return self.tensors.tensors.layouts[name]
-        if path[-1] != "kernel":
+            return self.tensors.layout(name)
+        if leaf != "kernel":
             raise ValueError(f"{name} is 4-bit, but not the weight of a linear layer")
         weight: Any = self.tensors[name]
-        return np.asarray(weight.dequantize())
+        matrix = np.asarray(weight.dequantize())
+        return matrix if source.transposed else matrix.T
 
     def _array(self, name: str, layout: Any) -> np.ndarray:
         """Return a tensor, given what `_layout` returned for it."""
@@ -160,14 +183,6 @@ class Loader:
     def _count(self, name: str) -> None:
         if isinstance(self.tensors, Checkpoint):
             self.bar.add(self.tensors.bytes_of(name))
-
-
-def _copy_transposed(tensor: np.ndarray, out: np.ndarray) -> None:
-    """Copy `tensor.T` into `out`, in strips that fit the CPU cache."""
-    bits = f"u{tensor.itemsize}"
-    tensor, out = tensor.view(bits), out.view(bits)
-    for start in range(0, len(tensor), _STRIP):
-        out[:, start : start + _STRIP] = tensor[start : start + _STRIP].T
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -104,7 +104,8 @@ def test_without_a_gpu(weight, name, jit):
     with pytest.raises(NotImplementedError) as error:
         call(weight)
     message = str(error.value)
-    assert message.startswith("implementation='pallas' runs on NVIDIA GPUs and this program is for")
+    served = "implementation='pallas' runs on NVIDIA GPUs and TPUs and this program is for"
+    assert message.startswith(served)
     assert "cpu" in message and "'xla'" in message and "'pallas_interpret'" in message
     assert "\n" not in message
 
@@ -131,6 +132,28 @@ def test_under_vmap_for_a_gpu():
     mapped = jax.vmap(lambda x, weight: q4jax.matmul_4bit(x, weight, **GPU))
     text = lower_for_gpu(mapped, normal(1, 3, 4, 128, dtype="bfloat16"), stacked)
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_scan_over_numbers_gives_the_kernel_the_stack(direction):
+    """It cuts nothing as large as a weight out of the stack; a scan over the stack does."""
+    stack = jax.vmap(lambda w: Params4bit.quantize(w, 64, True, "nf4"))(normal(0, 3, 128, 128))
+
+    def run(x, stack, numbers):
+        def layer(x, own):
+            weight = own if numbers is None else q4jax.weight_of_stack(stack, own)
+            return q4jax.matmul_4bit(x, weight, **GPU), None
+
+        return jax.lax.scan(layer, x, stack if numbers is None else numbers)[0].sum()
+
+    run = jax.grad(run) if direction == "backward" else run
+    x = normal(1, 3, 128)
+    cut = re.compile(r"dynamic_slice.*-> tensor<1x128x64xui8>")
+    assert cut.search(lower_for_gpu(lambda x: run(x, stack, None), x))
+    text = lower_for_gpu(lambda x: run(x, stack, jnp.arange(3)), x)
+    assert not cut.search(text)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 1
+    assert re.search(r"custom_call @__gpu\$xla.gpu.triton\(.*tensor<3x128x2x8xi32>", text)
 
 
 def test_none_takes_xla_on_a_gpu(weight):
@@ -179,6 +202,53 @@ def test_blocks_that_cross_rows(implementation):
     ):
         with pytest.raises(NotImplementedError, match=expected):
             call()
+
+
+# The most blocks of 64 that the kernels number in 32 bits, in rows of 2048 blocks.
+MOST_ROWS = (2**31 - 2**13) // 2**11
+
+
+def abstract_weight(rows, lead=()):
+    w = jax.ShapeDtypeStruct((*lead, rows, 2**17), jnp.bfloat16)
+
+    def quantize(w):
+        return Params4bit.quantize(w, 64, True, "nf4", implementation="xla")
+
+    for _ in lead:
+        quantize = jax.vmap(quantize)
+    return w, jax.eval_shape(quantize, w)
+
+
+@pytest.mark.parametrize("rows", [MOST_ROWS, MOST_ROWS + 1])
+def test_the_largest_weight(rows):
+    w, weight = abstract_weight(rows)
+    x = jax.ShapeDtypeStruct((1, 2**17), jnp.bfloat16)
+    for function, *args in (
+        (lambda w: q4jax.quantize_4bit(w, **GPU), w),
+        (lambda weight: q4jax.dequantize_4bit(weight, **GPU), weight),
+        (lambda x, weight: q4jax.matmul_4bit(x, weight, **GPU), x, weight),
+    ):
+        if rows == MOST_ROWS:
+            jax.eval_shape(function, *args)
+        else:
+            with pytest.raises(NotImplementedError, match="at most 2147475456 blocks.*2147477504"):
+                jax.eval_shape(function, *args)
+
+
+@pytest.mark.parametrize(("count", "works"), [(2, True), (3, False), (4, False), (5, True)])
+def test_a_stack_of_bytes_that_pallas_cannot_address(count, works):
+    """Each weight has 2^30 scales of 8 bits; the kernel is launched once for all."""
+    _, weight = abstract_weight(2**19, (count,))
+    x = jax.ShapeDtypeStruct((count, 1, 2**17), jnp.bfloat16)
+
+    def products(x, weight):
+        return jax.vmap(lambda x, weight: q4jax.matmul_4bit(x, weight, **GPU))(x, weight)
+
+    if works:
+        jax.eval_shape(products, x, weight)
+    else:
+        with pytest.raises(NotImplementedError, match=rf"cannot address uint8\[{count}, 524288"):
+            jax.eval_shape(products, x, weight)
 
 
 @pytest.mark.parametrize("capability", ["7.5", "6.0"])

@@ -99,6 +99,17 @@ def test_refuses_rows_that_are_not_whole_blocks():
 
 
 @works
+def test_refuses_weights_that_its_addresses_cannot_hold():
+    w = jax.ShapeDtypeStruct((64, 2**23), jnp.bfloat16)
+    weight = jax.eval_shape(q4jax.Params4bit.quantize, w)
+    x = jax.ShapeDtypeStruct((1, 2**23), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="at most 8388352 rows and columns, not"):
+        jax.eval_shape(
+            lambda x, weight: q4jax.matmul_4bit(x, weight, implementation="triton"), x, weight
+        )
+
+
+@works
 def test_refuses_another_platform_when_lowered():
     if jax.default_backend() != "cpu":
         pytest.skip("needs a machine without a GPU")
@@ -266,7 +277,8 @@ def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype,
     if dtype == "float32":
         return
     if x.shape[1] % 8 == 0:
-        assert kernel.opcodes["LDGSTS.E.BYPASS.128"] or kernel.opcodes["LDG.E.128"]
+        through_l1 = kernel.opcodes["LDGSTS.E.128"]  # both halves of a sector
+        assert through_l1 or kernel.opcodes["LDGSTS.E.BYPASS.128"] or kernel.opcodes["LDG.E.128"]
     assert sum(kernel.opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
     if operation == "linear":
         # Hopper and Blackwell have instructions of their own.

@@ -7,8 +7,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from q4jax import Params4bit
+from q4jax import Params4bit, QuantSpec, QuantState
 from q4jax.interop import bitsandbytes as bnb
+from q4jax.interop import huggingface
 from tests.support.trees import assert_same
 from tests.support.vectors import GOLDEN, MANIFEST, tensors
 
@@ -94,6 +95,18 @@ def test_other_tensors_stay_what_they_are(tmp_path):
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
+def stack(lead):
+    """A plain weight of 2 x 64 with these leading axes."""
+    spec = QuantSpec("nf4", 64, 0, "float32", (2, 64))
+    state = QuantState(np.ones((*lead, 2, 1), np.float32), None, None, spec)
+    return Params4bit(np.zeros((*lead, 2, 32), np.uint8), state)
+
+
+def test_as_many_axes_as_are_read_are_written(tmp_path):
+    bnb.save_file({"x": stack((1,) * 6)}, tmp_path / "x")
+    assert_same(bnb.load_file(tmp_path / "x"), {"x": stack((1,) * 6)})
+
+
 @pytest.mark.parametrize(
     ("tree", "error", "message"),
     [
@@ -105,11 +118,23 @@ def test_other_tensors_stay_what_they_are(tmp_path):
         (lambda w: {"a.quant_map": jnp.ones(1)}, ValueError, "a 4-bit weight a that has no"),
         (lambda w: {"s": jax.tree.map(lambda a: jnp.stack([a]), w)}, ValueError, "s: a stacked"),
         (lambda w: {"x": Params4bit(w.packed[1:], w.quant_state)}, ValueError, "x: packed must"),
+        (
+            lambda w: {"x": stack((1,) * 7)},
+            ValueError,
+            r"x: shape .* up to 8 .*\[1, 1, 1, 1, 1, 1, 1, 2",
+        ),
+        (lambda w: {"x": stack((0,))}, ValueError, r"x: shape must hold positive .*\[0, 2, 64\]"),
+        (lambda w: {"x": stack((2, 0))}, ValueError, r"x: shape must hold positive .*\[2, 0, 2"),
+        (lambda w: {"__metadata__": jnp.ones(1)}, ValueError, "'__metadata__' is no name"),
+        (lambda w: {"n" * 4090: w}, ValueError, r"is a name of 4\d\d\d characters"),
+        (lambda w: {"k": jax.random.key(0)}, TypeError, "k: JAX array with PRNGKey dtype"),
     ],
 )
 def test_what_cannot_be_written(weight, tree, error, message, tmp_path):
     with pytest.raises(error, match=message):
         bnb.save_file(tree(weight), tmp_path / "x")
+    with pytest.raises(error, match=message):
+        huggingface.save_directory(tree(weight), tmp_path / "d", {})
     assert not list(tmp_path.iterdir())
 
 

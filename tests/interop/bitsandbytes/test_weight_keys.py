@@ -1,6 +1,7 @@
 """Malformed state dicts: half a weight, wrong statistics and unknown keys are named errors."""
 
 import json
+import time
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from q4jax.interop import bitsandbytes as bnb
+from q4jax.interop.bitsandbytes.weight_keys import _below
 from tests.support.trees import assert_same
 
 STATE = "layer.weight.quant_state.bitsandbytes__nf4"
@@ -82,6 +84,11 @@ DEFECTS = {
     "other type": (scalars(quant_type="fp4"), "holds quant_type 'fp4'"),
     "dtype": (scalars(dtype="float64"), "dtype must be float32, float16 or bfloat16"),
     "offset": (scalars(nested_offset=float("nan")), "nested_offset must be a finite number"),
+    "large offset": (
+        scalars(nested_offset=1e300),
+        "nested_offset must be a finite number, got 1e.300",
+    ),
+    "negative offset": (scalars(nested_offset=-3.5e38), "nested_offset must be .*, got -3.5e"),
     "unknown": (scalars(extra=1), r"unknown keys in a quant state: \['extra'\]"),
     "no json": (text(b"{"), "is not JSON"),
     "no text": (text(b"\xff{}"), "is not JSON"),
@@ -129,3 +136,18 @@ def test_extra_keys_are_reported(state_dict, weight):
 def test_other_methods_are_refused_by_name(names, method):
     with pytest.raises(NotImplementedError, match=f"{names[1]}: {method}|{names[0]}: {method}"):
         bnb.from_state_dict({name: np.ones((2, 2), np.int8) for name in names})
+
+
+@pytest.mark.parametrize("key", ["a.weight.x", "a.weight.b.c", "a.weight..", "a.b.weight.q.r.s"])
+def test_keys_below_any_weight_are_found(key):
+    names = {"a.weight", "a.b.weight", "a.b.weight.q", "a.bb", "b"}
+    beside = ["a.weigh", "a.weightx", "a.weight", "a.weight-x", "", ".", "b", "bb.c", "a.b.c"]
+    assert _below([key, *beside], names) == {key}
+    assert _below([key, *beside], []) == set()
+
+
+def test_names_of_many_dots_take_linear_time():
+    names = [f"{number}" + ".a" * 2000 for number in range(1000)]
+    began = time.perf_counter()
+    assert _below(names, [f"w{name}" for name in names]) == set()
+    assert time.perf_counter() - began < 1  # all prefixes would take 20 seconds

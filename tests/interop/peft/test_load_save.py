@@ -149,11 +149,10 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("tensors", "message"),
     [
         ({}, "holds no adapter"),
-        (pairs(layers=[0]), r"layers.self_attn.q_proj has the leading axes \(2,\), the adapters"),
         (pairs(layers=[0, 1, 2]), "has the leading axes"),
         (pairs(layers=[0, 0, 7]), "has the leading axes"),
         (pairs(rank=8), r"lora_A \[8, 64\], lora_B \[64, 8\] are not of rank 4"),
-        (pairs(module="lm_head"), "no 4-bit linear layer for the adapter of .*lm_head"),
+        (pairs(module="mlp.other"), "no layer that can have the adapter of .*mlp.other"),
         ({k: v for k, v in pairs().items() if k != FIRST}, "q_proj has lora_B only"),
         (pairs() | {FIRST: np.ones((4, 32), np.float32)}, r"do not fit a layer of 64 in"),
         (pairs() | {FIRST: np.ones((4, 64), np.float16)}, "lora_A is float16, lora_B is float32"),
@@ -169,11 +168,20 @@ def test_adapters_that_do_not_fit(base, tmp_path, tensors, message):
     ("changes", "error", "message"),
     [
         ({"peft_type": "IA3"}, NotImplementedError, "peft_type 'IA3'"),
-        ({"use_dora": True}, NotImplementedError, "use_dora=True"),
+        ({"use_dora": True}, ValueError, "q_proj has no magnitude, but use_dora=True"),
+        ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
+        ({"trainable_token_indices": [1]}, NotImplementedError, r"trainable_token_indices=\[1\]"),
         ({"bias": "all"}, NotImplementedError, "bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, NotImplementedError, r"modules_to_save=\['lm_head'\]"),
+        ({"modules_to_save": ["lm_head"]}, ValueError, "modules_to_save='lm_head': the files have"),
+        ({"modules_to_save": "lm_head"}, ValueError, "modules_to_save must be a list"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "'pissa' changes the base weights"),
-        ({"rank_pattern": {"a|b": 2}}, NotImplementedError, r"pattern 'a\|b'"),
+        ({"rank_pattern": {"(a": 2}}, ValueError, r"rank_pattern: '\(a' is not a regular expr"),
+        ({"rank_pattern": {"(a+)+b": 2}}, NotImplementedError, r"'\(a\+\)\+b' may take very long"),
+        (
+            {"alpha_pattern": {".*" * 9: 2}},
+            NotImplementedError,
+            "alpha_pattern.*may take very long",
+        ),
         ({"r": 0}, ValueError, "r must be a positive integer, got 0"),
         ({"r": True}, ValueError, "r must be a positive integer, got True"),
         ({"lora_alpha": "8"}, ValueError, "lora_alpha must be a finite number, got '8'"),
@@ -189,8 +197,8 @@ def test_configs_that_are_refused(base, tmp_path, changes, error, message):
 
 
 def test_other_tensors_are_refused_by_name(base, tmp_path):
-    extra = {"base_model.model.lm_head.lora_embedding_A": np.ones(2)}
-    with pytest.raises(NotImplementedError, match="lora_embedding_A is not a LoRA matrix"):
+    extra = {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": np.ones(2)}
+    with pytest.raises(NotImplementedError, match="tokens_delta is not a LoRA matrix"):
         peft.load_adapters(base, write(tmp_path / "a", pairs() | extra))
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         peft.load_adapters(base, tmp_path / "b")
@@ -200,13 +208,11 @@ def test_other_tensors_are_refused_by_name(base, tmp_path):
         peft.load_adapters(q4jax.add_lora(base, 4, 8.0), write(tmp_path / "d", pairs()))
 
 
-def test_adapters_that_have_no_name_in_peft_s_files(tmp_path):
-    heads = q4jax.quantize_model(nnx.Dict(q=nnx.LinearGeneral(64, (4, 16), rngs=nnx.Rngs(0))))
-    with pytest.raises(NotImplementedError, match="q: an adapter of a LinearGeneral4bit is not wr"):
-        peft.save_adapters(q4jax.add_lora(heads, 4, 8.0), tmp_path)
+def test_dropout_and_scale_of_dense_layers_are_kept(tmp_path):
     dense = nnx.Dict(proj=nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
     model = fill(q4jax.add_lora(dense, 4, 8.0, targets="proj", dropout=0.125, rslora=True))
     peft.save_adapters(model, tmp_path, prefix="")
-    found = peft.load_adapters(q4jax.quantize_model(dense), tmp_path, prefix="")
-    np.testing.assert_array_equal(found.proj.lora_b[...], model.proj.lora_b[...])
-    assert (found.proj.scale, found.proj.dropout.rate) == (4.0, 0.125)
+    for base in (q4jax.quantize_model(dense), dense):
+        found = peft.load_adapters(base, tmp_path, prefix="")
+        np.testing.assert_array_equal(found.proj.lora_b[...], model.proj.lora_b[...])
+        assert (found.proj.scale, found.proj.dropout.rate) == (4.0, 0.125)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,9 @@ def test_defects_of_the_index_are_named(model, tmp_path):
         from_pretrained(tmp_path)
     other = next(shard for shard in where.values() if shard != where[UP])
     file.write_text(json.dumps({"weight_map": where | {UP: other}}))
-    with pytest.raises(ValueError, match=f"holds '{UP}'"):
-        from_pretrained(tmp_path)
+    # transformers reads every shard, wherever the index places a tensor.
+    loaded = from_pretrained(tmp_path)
+    np.testing.assert_array_equal(loaded.layers.mlp.up_proj.kernel, model.layers.mlp.up_proj.kernel)
     file.write_text(json.dumps(index))
     (tmp_path / where[UP]).unlink()
     with pytest.raises(FileNotFoundError, match=where[UP]):
@@ -242,3 +244,82 @@ def test_configs_that_contradict_the_weights_are_named(case, change, message, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.compile(message)):
         from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_is_written_beside_the_model(model, tmp_path):
+    class Transformers:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer.json").write_text("{}")
+            (Path(folder) / "tokenizer_config.json").write_text("{}")
+
+    class Tokenizers:
+        def save(self, file):
+            Path(file).write_text("{}")
+
+    save_pretrained(model, tmp_path / "one", tokenizer=Transformers())
+    (tmp_path / "one" / "notes.txt").write_text("not of the tokenizer")
+    save_pretrained(model, tmp_path / "two", tokenizer=tmp_path / "one")
+    save_pretrained(model, tmp_path / "three", tokenizer=Tokenizers())
+    files = {"config.json", "model.safetensors", "tokenizer.json"}
+    for name, more in (("one", {"notes.txt"}), ("two", set()), ("three", None)):
+        found = {file.name for file in (tmp_path / name).iterdir()}
+        assert found == files | ({"tokenizer_config.json"} | more if more is not None else set())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "error", "message"),
+    [
+        (3, TypeError, "tokenizer must be a directory, .* got int"),
+        ("nowhere", FileNotFoundError, "tokenizer: nowhere has none of .*tokenizer.json"),
+    ],
+)
+def test_a_wrong_tokenizer_is_named_before_anything_is_written(
+    model, tmp_path, tokenizer, error, message
+):
+    with pytest.raises(error, match=message):
+        save_pretrained(model, tmp_path / "new", tokenizer=tokenizer)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("skip", "dense"),
+    [
+        (("lm_head", "layers.mlp"), "mlp"),
+        (("lm_head", *(f"model.layers.{i}.mlp" for i in range(3))), "mlp"),
+        ((r"model\.layers\.\d+\.self_attn",), "self_attn"),
+    ],
+)
+def test_a_skip_list_names_modules_of_either_model(tmp_path, model, skip, dense):
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path, q4jax.QuantConfig(skip=skip))
+    found = {"mlp": loaded.layers.mlp.up_proj, "self_attn": loaded.layers.self_attn.q_proj}
+    assert {n: isinstance(m, nnx.Linear) for n, m in found.items()} == {
+        n: n == dense for n in found
+    }
+
+
+def test_a_skip_list_of_some_layers_makes_stacks(tmp_path, model, input_ids, forward, relative):
+    save_pretrained(model, tmp_path / "full")
+    skip = ("lm_head", "model.layers.0.mlp")
+    mixed = from_pretrained(tmp_path / "full", q4jax.QuantConfig(skip=skip, blocksize=32))
+    assert [stack.numbers for stack in mixed.stacks] == [(0,), (1, 2)]
+    first, rest = (mixed.stack(stack.name).mlp.up_proj for stack in mixed.stacks)
+    assert type(first) is nnx.Linear
+    assert isinstance(rest, q4jax.Linear4bit)
+    rule = [q4jax.QuantRule(r"layers\.[12]\.mlp\.up_proj", blocksize=32)]
+    by_rule = from_pretrained(tmp_path / "full", rule)
+    second = by_rule.stack("layers.from_1").mlp
+    assert isinstance(second.up_proj, q4jax.Linear4bit)
+    assert type(second.down_proj) is type(by_rule.stack("layers.from_0").mlp.up_proj) is nnx.Linear
+    expected = forward(q4jax.dequantize_model(mixed), input_ids)
+    assert relative(forward(mixed, input_ids), expected) < 1e-5
+    save_pretrained(mixed, tmp_path / "mixed")
+    again = from_pretrained(tmp_path / "mixed")
+    assert q4jax.fingerprint(again) == q4jax.fingerprint(mixed)
+    assert relative(forward(again, input_ids), expected) < 1e-5
+
+
+def test_a_skip_list_of_no_layer_is_refused(tmp_path, model):
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="skip has 'model.layers.7', which no module matches"):
+        from_pretrained(tmp_path, q4jax.QuantConfig(skip=("model.layers.7",)))

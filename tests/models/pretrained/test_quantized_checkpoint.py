@@ -14,6 +14,7 @@ import q4jax
 from q4jax.interop import bitsandbytes, huggingface
 from q4jax.models import Llama, LlamaConfig, from_pretrained, save_pretrained
 from q4jax.nnx.variables import from_variables
+from tests.support.random_weights import write_directory
 from tests.support.vectors import GOLDEN
 
 LLAMA = GOLDEN / "llama_tiny_bnb4"
@@ -170,8 +171,6 @@ STATE = "quant_state.bitsandbytes__nf4"
         (drop(UP), f"{UP} has statistics but no codes"),
         (drop(f"{UP}.absmax"), f"{UP}: missing keys .*absmax"),
         (drop(f"{UP}.{STATE}"), f"{UP}.* has no quant_state"),
-        (dense(UP, (256, 128)), f"{UP} is not 4-bit, but the same weight of another layer is"),
-        (quantize(UP, **NESTED, blocksize=32), f"{UP} is nf4_b32_.*, but .* layer 0 is nf4_b64_"),
         (quantize(UP, quant_type="fp4"), f"says nf4, .*=True, but {UP} is fp4_b64_n0_"),
         (quantize(UP, quant_type="nf4"), f"says nf4, .*=True, but {UP} is nf4_b64_n0_"),
         (quantize("model.embed_tokens.weight", **NESTED), "embed_tokens.weight is 4-bit, but not"),
@@ -182,6 +181,18 @@ def test_defects_are_named(tmp_path, tensors, message):
     copy(tmp_path, tensors=tensors)
     with pytest.raises(ValueError, match=message):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [dense(UP, (256, 128)), quantize(UP, **NESTED, blocksize=32)])
+def test_a_layer_that_differs_has_a_stack_of_its_own(tmp_path, change):
+    model = from_pretrained(copy(tmp_path, tensors=change))
+    first, second = (model.stack(stack.name).mlp.up_proj for stack in model.stacks[:2])
+    assert [stack.numbers for stack in model.stacks][:2] == [(0,), (1,)]
+    assert first.weight.quant_state.spec.blocksize == 64
+    if isinstance(second, nnx.Linear):
+        np.testing.assert_array_equal(second.kernel[...], np.ones((1, 128, 256)))
+    else:
+        assert second.weight.quant_state.spec.blocksize == 32
 
 
 def test_a_quantized_head_is_a_linear_layer(tmp_path):
@@ -251,3 +262,31 @@ def test_progress_is_drawn(tmp_path, capsys):
     assert capsys.readouterr().err == "load [" + "#" * 30 + "] 100% of 500.0 kB\n"
     from_pretrained(tmp_path / "c")
     assert capsys.readouterr().err == ""
+
+
+MIXTURES = ("gpt_oss", "llama4_text", "granitemoe", "mixtral", "qwen2_moe")
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_dense_experts(case, tmp_path):
+    """4-bit experts are written in full, with the weights that the model computes with."""
+    vectors = write_directory(case, tmp_path / "full")
+    model = from_pretrained(tmp_path / "full", quantization=q4jax.QuantConfig(blocksize=32))
+    save_pretrained(model, tmp_path / "dense", dense_experts=True)
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    quantized = [name for name in tensors if name.endswith("absmax")]
+    assert quantized
+    assert not any(".experts" in name or "_linear." in name for name in quantized)
+    ids, mask = (jnp.asarray(vectors[name]) for name in ("input_ids", "attention_mask"))
+    run = nnx.jit(lambda m: m(ids, attention_mask=mask))
+    found, expected = run(from_pretrained(tmp_path / "dense")), run(model)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "llama4_text", "granitemoe"])
+def test_experts_of_one_tensor_are_written_dense_only(case, tmp_path):
+    write_directory(case, tmp_path / "full")
+    model = from_pretrained(tmp_path / "full", quantization=q4jax.QuantConfig(blocksize=32))
+    with pytest.raises(ValueError, match="one tensor of all experts.*dense_experts=True"):
+        save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -242,3 +242,44 @@ def test_a_weight_that_is_split_wrongly(packed, absmax, text, kind):
         with context(mesh, kind), pytest.raises(error, match=text) as caught:
             jax.jit(function)(wrong)
         assert "nf4_b128_n0_float32_256x512" in str(caught.value)
+
+
+LAYERS = {
+    "linear": lambda rngs: nnx.Linear(64, 128, rngs=rngs),
+    "general": lambda rngs: nnx.LinearGeneral(64, (8, 16), rngs=rngs),
+    "einsum": lambda rngs: nnx.Einsum("bd,df->bf", (64, 128), (128,), rngs=rngs),
+    "embed": lambda rngs: nnx.Embed(8, 64, rngs=rngs),
+    "attend": lambda rngs: nnx.Embed(128, 64, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("asked", [P("fsdp"), P(None, "tensor"), P("fsdp", "tensor")], ids=str)
+@pytest.mark.parametrize("adapters", [False, True], ids=["alone", "adapter"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_place_their_result_as_out_sharding_asks(name, adapters, asked):
+    """As Flax's layers do on explicit axes, in and out of jit, under another sharding of x."""
+    mesh = mesh_of(EXPLICIT, **MESH)
+    dense = LAYERS[name](nnx.Rngs(0))
+    layer = q4jax.quantize_model(dense, [q4jax.QuantRule(embeddings=True)])
+    if adapters:
+        layer = q4jax.add_lora(layer, rank=4, alpha=8, targets="")
+    x = jnp.arange(8) if name == "embed" else normal(1, 8, 64)
+
+    def call(model, x, out_sharding):
+        function = model.attend if name == "attend" else model
+        return function(x, out_sharding=out_sharding)
+
+    whole = call(layer, x, None)
+    with jax.set_mesh(mesh):
+        x = put(x, mesh, "fsdp")
+        like = call(dense, x, asked)
+        for function in (call, nnx.jit(call, static_argnums=2)):
+            y = function(layer, x, asked)
+            assert y.sharding.is_equivalent_to(like.sharding, y.ndim)
+            np.testing.assert_allclose(y, whole, rtol=0, atol=2e-6 * float(abs(whole).max()))
+
+
+def test_out_sharding_on_automatic_axes_is_refused():
+    layer = q4jax.LinearNF4(64, 128, rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh_of(AUTO, **MESH)), pytest.raises(ValueError, match="Auto"):
+        layer(normal(1, 8, 64), out_sharding=P("fsdp"))

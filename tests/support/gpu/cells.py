@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One call."""
+    """One call; with `layers`, of one weight in a stack of so many."""
 
     operation: str
     m: int = 1
@@ -15,13 +15,16 @@ class Cell:
     quant_type: str = "nf4"
     blocksize: int = 64
     nested: bool = False
+    layers: int = 0
 
     @property
     def name(self) -> str:
         """All of it, without spaces."""
         nested = "nested" if self.nested else "plain"
         size = f"{self.m}x{self.n}x{self.k}"
-        return f"{self.operation}-{self.quant_type}-b{self.blocksize}-{nested}-{self.dtype}-{size}"
+        layers = f"-in-{self.layers}" * bool(self.layers)
+        kind = f"{self.quant_type}-b{self.blocksize}-{nested}-{self.dtype}"
+        return f"{self.operation}-{kind}-{size}{layers}"
 
 
 CELLS = [
@@ -32,6 +35,7 @@ CELLS = [
     Cell("linear", quant_type="fp4"),
     Cell("linear", nested=True),
     Cell("linear", 64, nested=True),
+    Cell("linear", nested=True, layers=32),
     Cell("linear", dtype="float16"),
     Cell("linear", dtype="float32"),
     Cell("linear", 64, dtype="float32"),
@@ -39,6 +43,7 @@ CELLS = [
     Cell("linear", 5, 1000, 4128, blocksize=32, nested=True, quant_type="fp4", dtype="float16"),
     *(Cell("linear_transpose", m) for m in (1, 32, 512)),
     Cell("linear_transpose", nested=True),
+    Cell("linear_transpose", nested=True, layers=32),
     Cell("linear_transpose", blocksize=32),
     Cell("linear_transpose", dtype="float32"),
     Cell("linear_transpose", 5, 1000, 4160, nested=True),
@@ -48,4 +53,23 @@ CELLS = [
     Cell("quantize"),
     Cell("quantize", dtype="float32", quant_type="fp4", blocksize=4096),
     Cell("quantize", dtype="float16", blocksize=32),
+]
+
+# Weights whose codes are more than 2^31 or 2^32 bytes, and activations of more than 2^31 elements.
+HUGE = [
+    Cell("quantize", n=70000, k=65536),
+    Cell("quantize", n=140000, k=65536, quant_type="fp4", dtype="float16", blocksize=4096),
+    Cell("quantize", n=70000, k=65536, dtype="float32", blocksize=32),
+    Cell("quantize", n=2**20, k=2**17 - 64),
+    Cell("dequantize", n=70000, k=65536, nested=True),
+    Cell("dequantize", n=140000, k=65536, dtype="float32", blocksize=32),
+    Cell("dequantize", n=2**20, k=2**17 - 64, nested=True),
+    Cell("linear", n=600_000, k=8192, nested=True),
+    Cell("linear", 3, n=1_100_000, k=8192, dtype="float32"),
+    Cell("linear", 280_000, n=8200, k=8192),
+    Cell("linear_transpose", n=70_000, k=65536, nested=True),
+    Cell("linear_transpose", 3, n=140_000, k=65536, blocksize=32),
+    Cell("linear_transpose", 280_000, n=8192, k=8256),
+    Cell("linear", n=28672, k=8192, nested=True, layers=80),
+    Cell("linear_transpose", n=8200, k=28672, dtype="float32", layers=30),
 ]

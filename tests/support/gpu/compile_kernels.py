@@ -20,56 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 import q4jax
+from q4jax.ops.weight_of_stack import WeightOfStack
 from tests.support.gpu import cubin
 from tests.support.gpu.cells import CELLS, Cell
-
-# Name, compute capability, multiprocessors, bytes of shared memory a block may have.
-GPUS = {
-    "sm_80": ("NVIDIA A100", 8, 0, 108, 166912),
-    "sm_89": ("NVIDIA L4", 8, 9, 58, 101376),
-    "sm_90": ("NVIDIA H200", 9, 0, 132, 232448),
-    "sm_100": ("NVIDIA B200", 10, 0, 148, 232448),
-}
-_CONFIG = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared}
-  shared_memory_per_core: {shared_per_core} core_count: {cores} fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3000000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 80000000000 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 cuda_compute_capability {{ major: {major} minor: {minor} }}
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 }} runtime_version {{ major: 13 }}
-device_description_str: "{kind}"
-"""
-
-
-def mesh_of(gpu: str) -> jax.sharding.Mesh:
-    """A mesh of one such GPU, to compile for."""
-    kind, major, minor, cores, shared = GPUS[gpu]
-    config = _CONFIG.format(
-        kind=kind,
-        major=major,
-        minor=minor,
-        cores=cores,
-        shared=shared,
-        shared_per_core=shared + 1024,
-    )
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
-    return topologies.make_mesh(topology, (1,), ("device",))
-
-
-def compile_for(mesh: jax.sharding.Mesh, function: Any, *args: Any) -> Any:
-    """The program compiled for the mesh's GPU; `args` are shapes and dtypes, or pytrees of them."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile()
+from tests.support.gpu.targets import compile_for, mesh_of
 
 
 def program(cell: Cell) -> tuple[Any, tuple[Any, ...]]:
@@ -85,6 +41,8 @@ def program(cell: Cell) -> tuple[Any, tuple[Any, ...]]:
 
         return quantize, (w,)
     weight = jax.eval_shape(lambda w: q4jax.Params4bit.quantize(w, *settings), w)
+    if cell.layers:
+        weight = _layer_of(weight, cell.layers)
     if cell.operation == "dequantize":
         return functools.partial(q4jax.dequantize_4bit, **implementation), (weight,)
     x = jax.ShapeDtypeStruct((cell.m, cell.k), cell.dtype)
@@ -98,6 +56,15 @@ def program(cell: Cell) -> tuple[Any, tuple[Any, ...]]:
         return jax.vjp(lambda x: linear(x, weight), x)[1](g)
 
     return transposed, (jax.ShapeDtypeStruct((cell.m, cell.n), cell.dtype), weight)
+
+
+def _layer_of(weight: Any, layers: int) -> WeightOfStack:
+    """Such a weight in a stack, abstract as it is."""
+
+    def stacked(array: Any) -> Any:
+        return jax.ShapeDtypeStruct((layers, *array.shape), array.dtype)
+
+    return WeightOfStack(jax.tree.map(stacked, weight), (jax.ShapeDtypeStruct((), jnp.int32),))
 
 
 def report(gpu: str, cells: list[Cell]) -> dict[str, Any]:

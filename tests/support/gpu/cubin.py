@@ -5,7 +5,9 @@ snappy. They are found by their header and read with the `cuobjdump` that Triton
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -45,19 +47,34 @@ class Kernel:
 def kernels(compiled: Any) -> dict[str, Kernel]:
     """The kernels of a compiled jax program, by name."""
     found: dict[str, Kernel] = {}
-    for cubin in _cubins(serialize_executable.serialize(compiled)[0], 2):
+    for cubin in _cubins(compiled):
         found |= _disassemble(cubin)
     return found
 
 
-def _cubins(data: bytes, depth: int) -> list[bytes]:
-    """The cubins in `data` or in what some part of its head decompresses to."""
-    best = list(_elf_files(data))
+def _cubins(compiled: Any) -> list[bytes]:
+    """The cubins of a compiled program.
+
+    Where a chunk starts is guessed. A wrong guess may yield a damaged file, which the disassembler
+    refuses.
+    """
+    data = serialize_executable.serialize(compiled)[0]
+    for found in sorted(_candidates(data, 2), key=len, reverse=True):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            for cubin in found:
+                _read(cubin, "-sass")
+            return found
+    raise ValueError("the serialized program holds no cubin that can be read")
+
+
+def _candidates(data: bytes, depth: int) -> Iterator[list[bytes]]:
+    """The ELF files in `data`, and in each chunk that some part of its head decompresses to."""
+    if found := list(_elf_files(data)):
+        yield found
     for start in range(min(len(data), 4096) if depth else 0):
         inner = _snappy(data, start)
         if inner is not None and b"\x7fELF" in inner:
-            best = max(best, _cubins(inner, depth - 1), key=len)
-    return best
+            yield from _candidates(inner, depth - 1)
 
 
 def _elf_files(data: bytes) -> Iterator[bytes]:
@@ -113,14 +130,14 @@ def _snappy(data: bytes, i: int) -> bytes | None:
                 out.append(out[-distance])
     except IndexError:
         return None
-    return bytes(out)
+    return bytes(out) if len(out) == length else None
 
 
 def loops(compiled: Any) -> dict[str, list[str]]:
     """Each kernel's longest loop as the disassembler prints it: address and instruction."""
     return {
         part.split(None, 1)[0]: [f"{at:04x}  {text}" for at, _, text in _longest_loop(_lines(part))]
-        for cubin in _cubins(serialize_executable.serialize(compiled)[0], 2)
+        for cubin in _cubins(compiled)
         for part in _functions(_read(cubin, "-sass"))
     }
 
@@ -162,6 +179,7 @@ def _longest_loop(lines: list[tuple[int, str, str]]) -> list[tuple[int, str, str
     return [line for line in lines if first <= line[0] <= last]
 
 
+@functools.cache
 def _read(cubin: bytes, option: str) -> str:
     """What `cuobjdump` says of it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
