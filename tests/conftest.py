@@ -45,8 +45,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.seed is None:  # workers get the controller's
+    if config.option.seed is None:
+        config.option.seed = getattr(config, "workerinput", {}).get("seed")
+    if config.option.seed is None:
         config.option.seed = int.from_bytes(os.urandom(4))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_configure_node(node):
+    """Give each worker the seed that the header names, since workers share arguments only."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config):
