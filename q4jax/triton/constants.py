@@ -16,6 +16,10 @@ from q4jax.gpu.tiling import Tiling
 _LARGE_SUM = 64 * 128
 _LARGE_SUM_K = 64
 
+# Triton 3.7 cannot compile for Blackwell a tile of this many columns, or fewer, of which one
+# thread decodes whole rows.
+_WHOLE_ROW = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelConstants:
@@ -52,6 +56,8 @@ class KernelConstants:
         tile = tiles.choose(m, spec.shape, dtype, transpose=transpose)
         if not transpose and tile.m * tile.n > _LARGE_SUM:
             tile = dataclasses.replace(tile, k=min(tile.k, _LARGE_SUM_K))
+        if not transpose and tile.k <= _WHOLE_ROW and tile.n >= 32 * tile.warps:
+            tile = dataclasses.replace(tile, warps=tile.n // 16)
         n, k = spec.shape
         walked, step = (n, tile.n) if transpose else (k, tile.k)
         steps = -(-walked // (step * tile.splits))
