@@ -169,7 +169,7 @@ def test_what_is_unknown_need_not_be_reached():
 # test_warp.py, mma and matrices in test_matrices.py, wgmma and fences in test_wgmma.py, moves,
 # conversions of integers and branches here and in test_values.py, barriers in test_races.py.
 FORMS = {
-    "ld": 111,
+    "ld": 112,
     "st": 72,
     "mov": 11,
     "cvt": 88,

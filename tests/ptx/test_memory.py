@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 
 from tests.support.ptx.faults import Fault, Unknown
+from tests.support.ptx.global_memory import OverlappingResults
 from tests.support.ptx.instructions.table import TABLE
+from tests.support.ptx.launches import execute
+from tests.support.ptx.machine import Launch, Machine
+from tests.support.ptx.parser import parse
 from tests.support.ptx.programs import run
 from tests.support.ptx.scalar_types import bits_of
 
 LOADS = sorted(opcode for opcode, _ in TABLE if opcode.startswith(("ld.global", "ld.shared")))
 STORES = [opcode.replace("ld", "st", 1) for opcode in LOADS if ".ca" not in opcode]
+PARAMETERS = {"ld.param.b32", "ld.param.b64", "ld.param.u64", "ld.param::entry.b64"}
 SHARED = "mov.b64 %d0, dynamic; mul.wide.u32 %d1, %t, 16; add.s64 %d0, %d0, %d1;\n"  # 16 bytes each
 GLOBAL = "mul.wide.u32 %d1, %i, 16; add.s64 %d2, %a0, %d1; add.s64 %d3, %a1, %d1;\n"
 
@@ -26,7 +31,7 @@ def shape_of(opcode):
 
 def test_every_form_is_tested():
     opcodes = {opcode for opcode, _ in TABLE if opcode[:3] in ("ld.", "st.")}
-    assert opcodes - {*LOADS, *STORES} == {"ld.param.b64", "ld.param.u64", "ld.param::entry.b64"}
+    assert opcodes - {*LOADS, *STORES} == PARAMETERS
 
 
 @pytest.mark.parametrize("opcode", LOADS)
@@ -224,3 +229,50 @@ def test_bytes_of_threads_that_did_not_run():
     text += "mul.wide.u32 %d1, %i, 4; add.s64 %d3, %a0, %d1; st.global.b32 [%d3], %r1;"
     [found] = run(text, [], [((32,), "u4")])
     np.testing.assert_array_equal(found, np.where(np.arange(32) < 5, 7, 8))
+
+
+def test_results_that_overlap():
+    """Tiles at the end of an array may compute again what others have, the same."""
+    memory = OverlappingResults([], [np.empty(4, "u4")], [16])
+    first, threads = memory.address(0), np.arange(2)
+    at = np.full(2, first + 4, np.uint64)
+    same, other = np.full((2, 4), 7, np.uint8), np.array([[7] * 4, [8] * 4], np.uint8)
+    memory.store(at, same, threads)
+    memory.store(at, same, threads + 2)
+    with pytest.raises(Fault, match="two threads write other values"):
+        memory.store(at[:1], other[1:], threads[:1])
+    with pytest.raises(Fault, match="two threads write other values"):
+        memory.store(at + np.uint64(4), other, threads)
+
+
+def test_parameters_that_are_no_arrays():
+    text = """
+.version 8.8
+.target sm_80
+.address_size 64
+.file 1 "kernel.py"
+.visible .entry test(.param .u64 .ptr .global .align 1 a, .param .u32 b, .param .u64 c)
+.reqntid 32
+{
+  .reg .b32 %r<4>; .reg .b64 %d<2>;
+  .loc 1 7 0, function_name $name, inlined_at 1 2 3
+  ld.param.b64 %d1, [a];
+  ld.param.b32 %r1, [b];
+  mov.b64 {%r2, _}, %d1;
+  st.global.b32 [%d1], %r1;
+  ret;
+}
+.section .debug_abbrev { .b8 1 }
+"""
+    launch = Launch((1, 1, 1), 32, 0, scalars={1: 2**32 - 5, 2: 0}, alignment=16)
+    with pytest.raises(Fault, match="two threads write"):
+        execute(text, launch, [], [np.empty(1, "i4")])
+
+    class Shared(Machine):
+        global_memory = OverlappingResults
+
+    machine = Shared(parse(text), launch, [], [np.empty(1, "i4")]).run()
+    assert machine.memory.result(0).tolist() == [-5]
+    assert machine.memory.address(0) % 16 == 0
+    with pytest.raises(Unknown, match="3 parameters, 1 of them scalars"):
+        Machine(parse(text), Launch((1, 1, 1), 32, 0, scalars={1: 5}), [], [np.empty(1, "i4")])

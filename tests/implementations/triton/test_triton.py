@@ -252,12 +252,12 @@ _TRANSPOSED = [
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
     ("operation", "m", "n", "k", "blocksize", "nested", "dtype", "registers"),
     [("linear", *case) for case in _LINEAR] + [("linear_transpose", *case) for case in _TRANSPOSED],
 )
-def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype, registers):
+def test_compiles_well(gpu, operation, m, n, k, blocksize, nested, dtype, registers):
     from tests.support.gpu.triton_sass import kernels
 
     weight = _weight_shapes(n, k, blocksize, nested)
@@ -270,7 +270,7 @@ def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype,
 
     spec = weight.quant_state.spec
     bias = (None,) if operation == "linear" else ()
-    [kernel] = kernels(capability, function, x, weight.arrays)
+    [kernel] = kernels(gpu, function, x, weight.arrays)
     assert not kernel.spilled
     assert not {"LDL", "STL"} & kernel.opcodes.keys()
     assert kernel.registers <= registers
@@ -282,12 +282,12 @@ def test_compiles_well(capability, operation, m, n, k, blocksize, nested, dtype,
     assert sum(kernel.opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
     if operation == "linear":
         # Hopper and Blackwell have instructions of their own.
-        assert capability < 90 or not kernel.opcodes["HMMA"]
+        assert gpu in ("sm_80", "sm_89") or not kernel.opcodes["HMMA"]
     transpose = operation != "linear"
     plan = KernelConstants.from_problem(m, spec, x.dtype, frozenset(), transpose=transpose)
     weights = plan.tile.n * plan.tile.k / (32 * plan.tile.warps)  # a thread's, in one step
     # On Blackwell a step stands twice in the code.
-    copies = 2 if capability == 100 else 1
+    copies = 2 if gpu == "sm_100" else 1
     assert kernel.opcodes["PRMT"] <= (3.2 if blocksize == 32 else 2.6) * weights * copies
 
 
@@ -306,4 +306,4 @@ def test_experts_and_their_gradient_are_two_kernels():
     weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype), weight)
     x = jax.ShapeDtypeStruct((experts, m, k), "bfloat16")
     bias = jax.ShapeDtypeStruct((experts, n), "bfloat16")
-    assert len(kernels(90, jax.vmap(gradient), x, weights, bias)) == 2
+    assert len(kernels("sm_90", jax.vmap(gradient), x, weights, bias)) == 2

@@ -64,6 +64,21 @@ def prmt(a: int, b: int, selector: int) -> int:
     return result
 
 
+def _bit_field(kind: str):
+    width = width_of(kind)
+
+    def field(a: int, start: int, length: int) -> int:
+        """Bits of `a`; what is above them, or above the number, is the field's sign, or 0."""
+        start, length = start & 255, length & 255
+        last = min(start + length - 1, width - 1)
+        sign = a >> last & 1 if kind[0] == "s" and length else 0
+        bits = range(width)
+        inside = [i < length and start + i < width for i in bits]
+        return sum((a >> start + i & 1 if inside[i] else sign) << i for i in bits)
+
+    return field
+
+
 def _truncating(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
@@ -74,6 +89,9 @@ COMBINE = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 def on_integers(name: str, kind: str):
     """The function of an instruction such as "add" of a type; results are cut to their width."""
+    if kind.endswith("16x2"):
+        half = on_integers(name, kind.removesuffix("x2"))
+        return lambda a, b: half(a & 0xFFFF, b & 0xFFFF) & 0xFFFF | half(a >> 16, b >> 16) << 16
     width = width_of(kind)
     functions = {
         "add": operator.add,
@@ -99,6 +117,7 @@ def on_integers(name: str, kind: str):
         "shf.r.clamp": lambda a, b, c: (a | b << 32) >> min(c, 32),
         "shf.l.wrap": lambda a, b, c: (a | b << 32) << c % 32 >> 32,
         "shf.r.wrap": lambda a, b, c: (a | b << 32) >> c % 32,
+        "bfe": _bit_field(kind),
         "prmt": prmt,
         "selp": lambda a, b, c: a if c else b,
         "cvta.to.global": lambda address: address,

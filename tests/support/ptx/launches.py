@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tests.support.gpu.targets import compile_for, mesh_of
+from tests.support.gpu.triton_calls import calls
 from tests.support.ptx.faults import Unknown
 from tests.support.ptx.machine import Launch, Machine
 from tests.support.ptx.parser import parse
@@ -51,14 +52,14 @@ _BODIES = {
 
 
 def _holds_kernels(equation: Any) -> bool:
-    if equation.primitive.name in ("pallas_call", "q4jax_kernel"):
+    if equation.primitive.name in (*_COMPILERS, "q4jax_kernel"):
         return True
     inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
     return any(_holds_kernels(e) for jaxpr in inner for e in getattr(jaxpr, "eqns", ()))
 
 
 class Executor:
-    """Calls functions whose Pallas kernels run as PTX for a GPU; the rest runs in JAX.
+    """Calls functions whose Pallas and Triton kernels run as PTX for a GPU; the rest runs in JAX.
 
     Attributes:
       gpu: the GPU.
@@ -90,7 +91,7 @@ class Executor:
 
     def _apply(self, equation: Any, operands: list[Any]) -> list[Any]:
         primitive, params = equation.primitive, equation.params
-        if primitive.name == "pallas_call":
+        if primitive.name in _COMPILERS:
             return self._launch(equation, operands)
         if primitive.name == "q4jax_kernel":
             body = jax.make_jaxpr(params["call"])(*operands)
@@ -104,7 +105,7 @@ class Executor:
         return results if primitive.multiple_results else [results]
 
     def _launch(self, equation: Any, operands: list[Any]) -> list[Any]:
-        ptx, launch = compile_launch(self.gpu, equation)
+        ptx, launch = _COMPILERS[equation.primitive.name](self.gpu, equation)
         operands = [np.asarray(operand) for operand in operands]
         results = [np.empty(v.aval.shape, v.aval.dtype) for v in equation.outvars]
         machine = self.machine(parse(ptx), launch, operands, results).run()
@@ -123,10 +124,7 @@ def execute(ptx: str, launch: Launch, operands, results, **limits) -> list[np.nd
 def compile_launch(gpu: str, equation: Any) -> tuple[str, Launch]:
     """The PTX of a `pallas_call` equation for a GPU, and how XLA launches it."""
 
-    def kernel(*operands: Any) -> Any:
-        return equation.primitive.bind(*operands, **equation.params)
-
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    kernel, shapes = _alone(equation)
     with tempfile.TemporaryDirectory() as folder:
         # Dumping everything would take ten times as long as compiling.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
@@ -138,3 +136,23 @@ def compile_launch(gpu: str, equation: Any) -> tuple[str, Launch]:
         [thunks] = pathlib.Path(folder).glob("*.thunk_sequence.txt")
         *grid, threads, shared = map(int, _LAUNCH.search(thunks.read_text()).groups())
         return ptx.read_text(), Launch(tuple(grid), threads, shared)
+
+
+def _compile_triton(gpu: str, equation: Any) -> tuple[str, Launch]:
+    """The same for a call of jax-triton's."""
+    kernel, shapes = _alone(equation)
+    [call] = calls(gpu, kernel, *shapes)
+    return call.ptx, call.launch
+
+
+def _alone(equation: Any) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    """A function of the equation alone, and the shapes of its arguments."""
+
+    def kernel(*operands: Any) -> Any:
+        return equation.primitive.bind(*operands, **equation.params)
+
+    return kernel, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+
+
+# Primitive -> what compiles it.
+_COMPILERS = {"pallas_call": compile_launch, "triton_kernel_call": _compile_triton}

@@ -1,6 +1,7 @@
 """Runs the instructions of a launch, on all threads at once."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,11 +18,24 @@ from tests.support.ptx.shared_memory import SharedMemory
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a kernel is started: blocks in x, y, z, threads of a block, dynamic shared bytes."""
+    """How a kernel is started.
+
+    Attributes:
+      grid: blocks in x, y, z.
+      threads: of a block.
+      shared_bytes: of a block's dynamic shared memory.
+      scalars: the values of those parameters that are no arrays, by their numbers.
+      alignment: bytes that arrays are aligned to, where the text promises fewer.
+    """
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
+    scalars: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    alignment: int = 1
+
+
+_SINK = Symbol("_")
 
 
 class Machine:
@@ -44,8 +58,11 @@ class Machine:
     def __init__(self, kernel: Kernel, launch: Launch, operands, results):
         if kernel.threads not in (None, launch.threads) or launch.threads % 32:
             raise Unknown(f"{launch.threads} threads for a kernel of {kernel.threads}")
-        if len(kernel.parameters) != len(operands) + len(results):
-            raise Unknown(f"{len(kernel.parameters)} parameters")
+        names = list(kernel.parameters)
+        scalars = {names[number]: value for number, value in launch.scalars.items()}
+        arrays = [name for name in names if name not in scalars]
+        if len(arrays) != len(operands) + len(results):
+            raise Unknown(f"{len(names)} parameters, {len(scalars)} of them scalars")
         self.kernel = kernel
         self.steps = [find(instruction) for instruction in kernel.code]
         blocks = int(np.prod(launch.grid))
@@ -54,17 +71,18 @@ class Machine:
         self.everyone = np.arange(self.count)
         self.registers = Registers(self.count)
         constants = list(kernel.constants.values())
-        alignments = [*kernel.parameters.values()]
+        alignments = [max(kernel.parameters[name], launch.alignment) for name in arrays]
         self.memory = self.global_memory(
             [*constants, *operands], results, [128] * len(constants) + alignments
         )
         self.addresses = dict(
             zip(
-                [*kernel.constants, *kernel.parameters],
+                [*kernel.constants, *arrays],
                 map(self.memory.address, range(len(self.memory.offsets))),
                 strict=True,
             )
         )
+        self.addresses |= scalars
         self.addresses |= {n: SHARED_BASE + at for n, at in kernel.shared.items()}
         self.shared = self.shared_memory(
             blocks, launch.threads, kernel.static_shared + launch.shared_bytes, _grain(kernel)
@@ -106,8 +124,9 @@ class Machine:
         return np.broadcast_to(self.get(operand, kind), (self.count,))
 
     def put(self, register: Operand, value) -> None:
-        """Write a register in the threads that run this instruction."""
-        self.registers.put(register, value, self.mask)
+        """Write a register in the threads that run this instruction; `_` takes what none wants."""
+        if register != _SINK:
+            self.registers.put(register, value, self.mask)
 
     def address(self, operand: Address, lanes):
         """The addresses that threads name, uint64."""

@@ -98,20 +98,23 @@ _ENTRY = re.compile(
     r"\.visible\s+\.entry\s+([\w$]+)\s*\((.*?)\)((?:\s*\.\w+[^\n{]*)*)\s*\{(.*)\}", re.S
 )
 _PARAMETER = re.compile(
-    r"\.param\s+\.u64\s+(?:\.ptr\s+(?:\.global\s+)?\.align\s+(\d+)\s+)?([\w$]+)"
+    r"\.param\s+\.(?:u64|u32)\s+(?:\.ptr\s+(?:\.global\s+)?\.align\s+(\d+)\s+)?([\w$]+)"
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 _CONSTANT = re.compile(
     r"\.global\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\](?:\s*=\s*\{([^}]*)\})?"
 )
 # What starts a body's next piece: a label, a brace around a scope, or a statement up to its ";".
-_PIECE = re.compile(r"\s*(?:([$\w]+):(?!:)|(\{)|(\})|((?:[^;{}]+|\{[^{};]*\})*);)")
+_PIECE = re.compile(r"\s*(?:([$\w]+):(?!:)|(\{)|(\})|((?:[^;{}]++|\{[^{};]*\})*+);)")
 _STATEMENT = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 
 
 def parse(text: str) -> Kernel:
     """The one kernel of a module."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
+    # What is for debuggers alone: the lines of the source, and all behind the entry.
+    text, *_ = re.split(r"^\s*\.section\b", text, maxsplit=1, flags=re.M)
+    text = re.sub(r"^\s*\.(?:loc|file)\b[^\n]*", "", text, flags=re.M)
     if len(re.findall(r"\.entry\b", text)) != 1 or re.search(r"\.func\b", text):
         raise Unknown("a module that is not one entry alone")
     [(name, parameters, directives, body)] = _ENTRY.findall(text)
@@ -123,7 +126,7 @@ def parse(text: str) -> Kernel:
         int(threads[1]) if threads else None,
     )
     if parameters.count(".param") != len(kernel.parameters):
-        raise Unknown(f"parameters that are not 64 bits: {parameters}")
+        raise Unknown(f"parameters that are neither addresses nor of 32 bits: {parameters}")
     for align, symbol, size in sorted(_SHARED.findall(text), key=lambda found: not found[2]):
         align = max(int(align), 128)
         kernel.shared[symbol] = kernel.static_shared = -(-kernel.static_shared // align) * align
@@ -165,7 +168,7 @@ class _Body:
     def _statement(self, text: str) -> None:
         if text.startswith(".reg"):
             self._declare(text)
-        elif not text.startswith((".pragma ", ".loc ")):
+        elif not text.startswith(".pragma "):
             self._instruction(text)
 
     def _declare(self, text: str) -> None:

@@ -31,6 +31,12 @@ def _remainder(a, b):
     return a - _divide(a, b) * b
 
 
+def _add_halves(a, b):
+    """Two sums of 16 bits."""
+    low, high = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+    return ((a & low) + (b & low) & low) | ((a & high) + (b & high))
+
+
 def _high(wide):
     def multiply(a, b):
         narrow = np.asarray(a).dtype
@@ -61,6 +67,8 @@ for kind in ("s16", "u16", "s32", "u32", "s64", "u64"):
     if kind[0] == "s":
         define(f"neg.{kind}", f"{kind} = {kind}", np.negative)
         define(f"abs.{kind}", f"{kind} = {kind}", np.abs)
+define("add.s16x2", "u32 = u32 u32", _add_halves)
+define("add.u16x2", "u32 = u32 u32", _add_halves)
 for kind, wide in _WIDE.items():
     dtype = TYPES[wide]
     define(f"mul.hi.{kind}", f"{kind} = {kind} {kind}", _high(dtype))

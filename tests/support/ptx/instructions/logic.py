@@ -53,6 +53,23 @@ for letter in "lr":
     define(f"shf.{letter}.wrap.b32", "u32 = u32 u32 u32", _funnel(letter == "l", wrapped))
 
 
+def _field(a, start, length):
+    """`length` bits of `a` from bit `start` on, and the sign of the field, or 0, above them."""
+    a = np.asarray(a)
+    start, length = (np.minimum(by & 255, 32) for by in np.broadcast_arrays(start, length))
+    signed = a.dtype.kind == "i"
+    wide = a.astype(np.int64) << np.int64(32) >> np.int64(32) if signed else a.astype(np.int64)
+    up = 64 - np.minimum(length, 64).astype(np.int64)
+    field = (wide >> start.astype(np.int64)).view(np.int64 if signed else np.uint64)
+    # Shifted up and down again, so that the uppermost bit of the field fills what is above it.
+    up = np.minimum(up, 63).astype(field.dtype)
+    return np.where(length == 0, 0, field << up >> up).astype(a.dtype)
+
+
+for kind in ("u32", "s32"):
+    define(f"bfe.{kind}", f"{kind} = {kind} u32 u32", _field)
+
+
 def permute(a, b, selector):
     """Byte i of the result is the one of (b, a) that nibble i names; its bit 3 spreads the sign."""
     a, b, selector = np.broadcast_arrays(a, b, selector)

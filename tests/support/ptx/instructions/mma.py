@@ -92,6 +92,12 @@ def accumulator_matrix(fragments, rows):
     return parts.reshape(parts.shape[0], rows, -1)
 
 
+def multiply_add(left, right, total):
+    """`left @ right + total`, rounded once to float32, so that its place in a tile is no matter."""
+    with np.errstate(over="ignore"):
+        return (np.matmul(left, right, dtype=np.float64) + total).astype(np.float32)
+
+
 def _define_product(k, kind):
     @executes(f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32", counts=(4,))
     def product(machine, target, a, b, c):
@@ -102,7 +108,7 @@ def _define_product(k, kind):
         right = pairs(machine, registers_of(b, k // 8), kind).reshape(-1, 8, 4, k // 8, 2)
         right = right.transpose(0, 3, 2, 4, 1).reshape(-1, k, 8)
         total = accumulator_matrix(accumulators(machine, registers_of(c, 4)), 16)
-        result = accumulator_fragments(np.matmul(left, right) + total)
+        result = accumulator_fragments(multiply_add(left, right, total))
         for i, register in enumerate(registers_of(target, 4)):
             machine.put(register, result[:, i])
 

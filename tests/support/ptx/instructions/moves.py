@@ -38,12 +38,20 @@ for kind in ("pred", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u6
 define("cvta.to.global.u64", "u64 = u64", lambda address: address)
 
 
-@executes("ld.param.b64", "ld.param.u64", "ld.param::entry.b64", counts=(2,))
-def load_parameter(machine, target, source):
-    """Parameters are addresses of arrays, so there is nothing to load them from."""
-    if not isinstance(source.base, Symbol) or source.offset:
-        raise Unknown("a part of a parameter")
-    machine.put(target, np.uint64(machine.addresses[source.base.name]))
+def _load_parameter(dtype):
+    def load(machine, target, source):
+        """Parameters are addresses of arrays or scalars, so there is nothing to load them from."""
+        if not isinstance(source.base, Symbol) or source.offset:
+            raise Unknown("a part of a parameter")
+        machine.put(target, dtype(machine.addresses[source.base.name]))
+
+    return load
+
+
+executes("ld.param.b64", "ld.param.u64", "ld.param::entry.b64", counts=(2,))(
+    _load_parameter(np.uint64)
+)
+executes("ld.param.b32", counts=(2,))(_load_parameter(np.uint32))
 
 
 def immediate(operand, what: str) -> int:

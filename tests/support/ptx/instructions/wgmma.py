@@ -9,6 +9,7 @@ from tests.support.ptx.instructions.mma import (
     accumulator_fragments,
     accumulator_matrix,
     left_operand,
+    multiply_add,
     pairs,
 )
 from tests.support.ptx.instructions.moves import immediate
@@ -92,13 +93,13 @@ def _define(n, kind):
         changed = {register.name for register in (*results, *fragments)} & machine.registers.changed
         if changed:
             raise Fault(f"no wgmma.fence after {min(changed)} was written")
-        total = np.matmul(left, right.swapaxes(1, 2))
+        total = np.float32(0)
         keep = machine.each(accumulate, "pred").reshape(-1, WARP_GROUP)[:, 0]
         if keep.any():
             old = [machine.registers.get_in_flight(r, None) for r in results]
             old = accumulator_matrix(np.stack(old, -1).view(np.float32), ROWS)
-            total = total + np.where(keep[:, None, None], old, np.float32(0))
-        result = accumulator_fragments(total)
+            total = np.where(keep[:, None, None], old, total)
+        result = accumulator_fragments(multiply_add(left, right.swapaxes(1, 2), total))
         for i, register in enumerate(results):
             machine.registers.put_in_flight(register, result[:, i], None)
         pieces, threads = (np.concatenate(part) for part in zip(*reads, strict=True))
