@@ -95,9 +95,7 @@ def native(session: nox.Session) -> None:
     areas = ("native", "contract", "golden", "ops", "nnx/test_linear", "linen/test_layers")
     folders = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
     chosen = [path for path in folders if any(area in path for area in areas)]
-    # The simulated and the compiled forms for TPUs do not rest on them.
-    cpu = ("-m", "not slow and not heavy", "-k", "not tpu")
-    pytest(session, *cpu, *sorted(chosen), Q4JAX_NATIVE="0")
+    pytest(session, "-m", "not slow and not heavy", *sorted(chosen), Q4JAX_NATIVE="0")
 
 
 @nox.session
@@ -119,9 +117,9 @@ def switches(session: nox.Session) -> None:
 
 @nox.session(python=find_python(*NEWEST))
 def newest(session: nox.Session) -> None:
-    """The quick part of the core tier on the newest Python, with the newest jax."""
+    """A third of the quick tests on the newest Python, with the newest jax; others in each run."""
     install(session, "-e", ".[test,examples]")
-    pytest(session, "-m", "not slow and not heavy")
+    pytest(session, "-m", "not slow and not heavy", "--share", "3")
 
 
 @nox.session(python=find_python("3.13", "3.12"))

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zlib
 
 import jax
 import numpy as np
@@ -42,6 +43,9 @@ def pytest_addoption(parser):
     )
     parser.addoption("--problems", type=int, default=2000, help="random ones for implementations")
     parser.addoption("--seed", type=int, help="of the random problems; the header names a run's")
+    parser.addoption(
+        "--share", type=int, default=1, help="run one test of so many, others with each --seed"
+    )
 
 
 def pytest_configure(config):
@@ -55,6 +59,18 @@ def pytest_configure(config):
 def pytest_configure_node(node):
     """Give each worker the seed that the header names, since workers share arguments only."""
     node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep a share of the tests, the same in all workers."""
+    seed, share = config.option.seed, config.option.share
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        part = zlib.crc32(f"{seed} {item.nodeid}".encode()) % share
+        (others if part else kept).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
 
 
 def pytest_report_header(config):

@@ -152,7 +152,11 @@ def variants() -> list[Variant]:
 
 def params(which: Callable[[Variant], bool] = lambda _: True) -> list[Any]:
     """The variants that can run here, as parameters of a test."""
-    return [pytest.param(v, id=v.name) for v in variants() if not v.skip and which(v)]
+    chosen = [v for v in variants() if not v.skip and which(v)]
+    # What runs on no CPU is the same with each version of Python, and takes long.
+    return [
+        pytest.param(v, id=v.name, marks=[pytest.mark.slow] * ("tpu" in v.name)) for v in chosen
+    ]
 
 
 def unsupported(variant: Variant, error: NotImplementedError) -> None:
