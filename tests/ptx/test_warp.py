@@ -6,8 +6,8 @@ import operator
 import numpy as np
 import pytest
 
-from tests.support.ptx.faults import Fault
-from tests.support.ptx.programs import apply, run
+from tests.support.ptx.faults import Fault, Unknown
+from tests.support.ptx.programs import apply, element, run
 
 VALUES = np.random.default_rng(0).integers(0, 2**32, 64, np.uint32)
 
@@ -82,3 +82,13 @@ def test_votes(some):
 def test_a_part_of_a_warp():
     with pytest.raises(Fault, match="an instruction of a warp without some of its 32 threads"):
         run("setp.lt.u32 %p1, %t, 7; @%p1 shfl.sync.idx.b32 %r1, %t, 0, 31, -1;")
+
+
+def test_a_mask_in_a_register():
+    values = VALUES.view(np.uint32)
+    body = element(0, "u32", "%r1") + "mov.b32 %r2, {}; redux.sync.max.u32 %r3, %r1, %r2;\n"
+    body += "mul.wide.u32 %d8, %i, 4; add.s64 %d9, %a1, %d8; st.global.b32 [%d9], %r3;"
+    [found] = run(body.format(-1), [values], [(64, "u4")], blocks=2)
+    np.testing.assert_array_equal(found, np.repeat(values.reshape(2, 32).max(1), 32))
+    with pytest.raises(Unknown, match="a part of a warp"):
+        run(body.format(15), [values], [(64, "u4")], blocks=2)

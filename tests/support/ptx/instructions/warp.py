@@ -3,14 +3,13 @@
 import numpy as np
 
 from tests.support.ptx.faults import Unknown
-from tests.support.ptx.instructions.moves import immediate
 from tests.support.ptx.instructions.table import executes
 from tests.support.ptx.parser import Vector
 
 
 def _all_lanes(machine, members):
     """The member mask must name the whole warp, and the whole warp must be there."""
-    if immediate(members, "a mask of lanes") % 2**32 != 0xFFFFFFFF:
+    if (machine.each(members, "u32")[machine.lanes] != 0xFFFFFFFF).any():
         raise Unknown("a part of a warp")
     machine.whole(32, "an instruction of a warp")
 
