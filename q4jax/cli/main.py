@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from q4jax.cli import estimate, formats, merge, text
+from q4jax.cli import estimate, formats, merge, stacked, text
 from q4jax.cli import finetune as finetune_command
 from q4jax.cli.options import Parser
 from q4jax.cli.table import table
@@ -19,6 +19,7 @@ from q4jax.core.codebooks import BLOCKSIZES, CODEBOOKS
 from q4jax.finetune.settings import SettingsError
 from q4jax.interop.bitsandbytes.tensors import CONTAINERS
 from q4jax.interop.files import read_json
+from q4jax.models.decoder.decoder import Llama
 
 DAMAGED, USAGE, MISSING, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -99,7 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--quantize-head", action="store_true", help="quantize lm_head too")
     convert.add_argument("--quant-storage", choices=CONTAINERS, default="uint8")
-    convert.add_argument("--config", help="config.json for a Hugging Face directory")
+    convert.add_argument(
+        "--config", help="config.json of the model, where the source is a checkpoint without one"
+    )
+    convert.add_argument(
+        "--alpha", type=float, metavar="A", help="alpha of the adapters of a checkpoint, to merge"
+    )
+    convert.add_argument(
+        "--rslora", action="store_true", help="the adapters are scaled by alpha / sqrt(rank)"
+    )
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
     convert.set_defaults(run=_convert)
 
@@ -151,8 +160,32 @@ def _convert(options: argparse.Namespace) -> None:
             skip=(*(() if options.quantize_head else (HEAD,)), *options.skip),
         )
     progress = False if options.quiet else None
+    run = stacked.run_of(Path(options.source)) if options.to != "orbax" else None
+    if run is not None and config is None:
+        _write_model(options, stacked.of_run(run), run / "adapter")
+        return
     loaded = formats.load(options.source, config, progress, options.modules)
+    found = None
+    if loaded.format == "orbax" and loaded.config is None and options.to != "orbax":
+        found = stacked.find_model(Path(options.source), loaded.tree)
     if options.config:
         loaded = dataclasses.replace(loaded, config=read_json(Path(options.config)))
+    if found is not None and loaded.config is not None:
+        entries = loaded.config
+        del loaded  # so that one copy of the arrays is in memory
+        _write_model(options, stacked.as_model(found, entries, options.alpha, options.rslora))
+        return
+    if found is not None and (options.to == "huggingface" or found.ranks):
+        raise ValueError(
+            f"{options.source} has no config.json, which {options.target} would need: pass --config"
+            + (" and, for its adapters, --alpha" if found.ranks else "")
+        )
+    if options.to == "bitsandbytes":
+        loaded = dataclasses.replace(loaded, tree=stacked.unstacked(loaded.tree))
     formats.write(loaded, options.target, options.to, options.quant_storage)
     print(f"{options.target}: {options.to}, {len(loaded.tree)} tensors")
+
+
+def _write_model(options: argparse.Namespace, model: Llama, tokenizer: Path | None = None) -> None:
+    count = stacked.write_model(model, options.target, options.to, options.quant_storage, tokenizer)
+    print(f"{options.target}: {options.to}, {count} tensors")
