@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       >>> main(["inspect", "/nowhere"])
       3
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -57,7 +57,8 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its result has the function `run`."""
     parser = Parser(
         prog="python -m q4jax",
         description="Inspect, verify and convert checkpoints: Hugging Face directories, "

@@ -158,7 +158,7 @@ def of_run(folder: Path) -> Llama:
 def write_model(
     model: Llama, target: str, file_format: str, quant_storage: str, tokenizer: Path | None = None
 ) -> int:
-    """Write a model as a Hugging Face directory or as one file of bitsandbytes, whole or not at all.
+    """Write a model as a Hugging Face directory or one file of bitsandbytes, whole or not at all.
 
     Returns:
       The number of its tensors.

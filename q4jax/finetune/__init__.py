@@ -12,10 +12,11 @@ from q4jax.finetune.documents import Document, Piece, read_documents
 from q4jax.finetune.memory import Estimate, estimate
 from q4jax.finetune.optimizer import make_optimizer
 from q4jax.finetune.packing import Rows, pack
+from q4jax.finetune.placement import Placement
 from q4jax.finetune.restore import restore
 from q4jax.finetune.run import resume, run
 from q4jax.finetune.settings import Settings, SettingsError
-from q4jax.finetune.step import evaluate, train_step
+from q4jax.finetune.step import Measured, evaluate, train_step
 from q4jax.finetune.tokens import Tokenizer, Tokens
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "ChatTemplate",
     "Document",
     "Estimate",
+    "Measured",
     "Piece",
+    "Placement",
     "Rows",
     "Settings",
     "SettingsError",

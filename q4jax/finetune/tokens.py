@@ -50,12 +50,13 @@ class Tokenizer:
         """Read the tokenizer of a Hugging Face directory.
 
         Raises:
-          SettingsError: the directory has no `tokenizer.json`, or a file is malformed.
+          SettingsError: the directory has no `tokenizer.json` (the message says how to make one of
+            another form of tokenizer), or a file is malformed.
         """
         tokenizers = require("tokenizers", "finetune", "a model's text needs its tokenizer")
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise SettingsError(f"--model: there is no {file}")
+            raise SettingsError(f"--model: there is no {file}{_advice(folder)}")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises plain ones
@@ -137,6 +138,19 @@ class Tokenizer:
                 ids, learned = [*ids, end], np.append(learned, False)
             learned[-1] = flags[-1]
         return Tokens(np.array(ids, np.int32), learned.astype(bool))
+
+
+def _advice(folder: Path) -> str:
+    """Return how to make a `tokenizer.json` of the form of tokenizer that a directory has."""
+    other = next((n for n in ("tokenizer.model", "vocab.json") if (folder / n).is_file()), None)
+    if other is None:
+        return ""
+    packages = "transformers sentencepiece protobuf" if other != "vocab.json" else "transformers"
+    return (
+        f', only {other}: make it of that file with `pip install {packages}` and `python -c "from '
+        f"transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
+        f".save_pretrained('{folder}')\"`"
+    )
 
 
 def _check(tokens: Tokens, vocab_size: int) -> None:

@@ -98,5 +98,15 @@ def test_the_files_of_a_directory(model, tmp_path):
     with pytest.raises(SettingsError, match=r"--model: .*tokenizer.json is malformed"):
         Tokenizer.load(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(SettingsError, match=r"--model: there is no .*tokenizer.json"):
+    with pytest.raises(SettingsError, match=r"--model: there is no .*tokenizer.json$"):
         Tokenizer.load(folder)
+    for other, packages in (
+        ("vocab.json", "transformers`"),
+        ("tokenizer.model", "transformers sentencepiece protobuf`"),
+    ):
+        (folder / other).write_bytes(b"")
+        with pytest.raises(
+            SettingsError, match=rf"tokenizer.json, only {other}: .*{packages}"
+        ) as e:
+            Tokenizer.load(folder)
+        assert f"A.from_pretrained('{folder}')" in str(e.value) and "\n" not in str(e.value)
