@@ -1,6 +1,7 @@
 """Speed of fine-tuning SmolLM2-135M on short documents: packed rows against padded ones.
 
     python benchmarks/finetune.py        # prints the table
+    python benchmarks/finetune.py --against c25ac23   # the step of that commit's example
 
 A figure is the number of learned tokens a second, divided by that of the first line, measured in
 the same run: the candidates take turns, so that a slow moment of the machine falls on all of them.
@@ -19,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import runs
+from finetune_against import compare
 
 import q4jax
 from q4jax import finetune
@@ -66,7 +68,12 @@ class Candidate:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
-    steps = parser.parse_args().steps
+    parser.add_argument("--against", metavar="COMMIT", help="compare with an earlier commit's step")
+    options = parser.parse_args()
+    if options.against is not None:
+        compare(options.against, options.steps)
+        return
+    steps = options.steps
     base = runs.load_model(None, q4jax.QuantConfig())
     found = documents(400)
     one_each, packed = padded(found), finetune.pack(found, LENGTH)

@@ -175,7 +175,11 @@ class LoRALinear4bit(Adapter):
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
 
         def product(rows: Array) -> Array:
-            return (rows @ a) @ b
+            if any(jax.typeof(rows).sharding.spec[1:-1]):
+                return (rows @ a) @ b  # no axes to merge, on a mesh of Explicit ones
+            # As a matrix: XLA's CPU compiler transposes a whole gradient with several axes of rows.
+            flat = rows.reshape(-1, rows.shape[-1])
+            return ((flat @ a) @ b).reshape(*rows.shape[:-1], b.shape[-1])
 
         equation = kwargs.get("einsum_str")
         update = _converter(self.base).apply(self.base, x.astype(y.dtype), product, equation)

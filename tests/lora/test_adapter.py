@@ -208,3 +208,20 @@ def test_rank_stabilized_scale():
     np.testing.assert_allclose(delta, 64 * 16 * 8 / 4, rtol=1e-6)
     merged = q4jax.merge_lora(model)
     np.testing.assert_allclose(merged(jnp.ones((1, 64))), model(jnp.ones((1, 64))), rtol=1e-6)
+
+
+def test_no_gradient_of_a_whole_output_is_transposed(model):
+    """With several axes of rows, XLA's CPU compiler would copy it for the gradient of lora_b."""
+    adapted = q4jax.add_lora(model, rank=4, alpha=8)
+    graphdef, adapters, rest = nnx.split(adapted, nnx.LoRAParam, ...)
+    rows = X.reshape(2, 8, 64)
+
+    def loss(adapters, rows):
+        return (nnx.merge(graphdef, adapters, rest)(rows) ** 2).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(adapters, rows).compile().as_text()
+    assert "f32[16,128]" in text  # the rows of the first layer's output
+    assert "f32[128,2,8]" not in text and "f32[128,16]" not in text
+    gradients, flat = (jax.jit(jax.grad(loss))(adapters, x) for x in (rows, X))
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(flat), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

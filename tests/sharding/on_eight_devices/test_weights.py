@@ -279,6 +279,23 @@ def test_layers_place_their_result_as_out_sharding_asks(name, adapters, asked):
             np.testing.assert_allclose(y, whole, rtol=0, atol=2e-6 * float(abs(whole).max()))
 
 
+@kinds
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "tensor"), P("fsdp", "tensor")], ids=str)
+def test_adapters_take_rows_of_several_axes(kind, spec):
+    """Those of one device, wherever the rows or the sequence are split."""
+    layer = q4jax.add_lora(q4jax.LinearNF4(64, 128, rngs=nnx.Rngs(0)), rank=4, alpha=8, targets="")
+    layer.lora_b[...] = normal(2, 4, 128)
+    x, mesh = normal(1, 4, 8, 64), mesh_of(kind, **MESH)
+    gradient = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=1))
+    whole, expected = layer(x), gradient(layer, x)
+    with jax.set_mesh(mesh):
+        split = put(x, mesh, *spec)
+        np.testing.assert_allclose(
+            nnx.jit(lambda layer, x: layer(x))(layer, split), whole, 1e-5, 1e-5
+        )
+        np.testing.assert_allclose(gradient(layer, split), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_out_sharding_on_automatic_axes_is_refused():
     layer = q4jax.LinearNF4(64, 128, rngs=nnx.Rngs(0))
     with jax.set_mesh(mesh_of(AUTO, **MESH)), pytest.raises(ValueError, match="Auto"):
