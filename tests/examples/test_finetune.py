@@ -17,10 +17,11 @@ for _package in ("gguf", "tokenizers", "grain", "jinja2", "matplotlib"):
 
 finetune = pytest.importorskip("finetune")
 demo = pytest.importorskip("demo")
-gguf_llama = pytest.importorskip("gguf_llama")
+pretrain = pytest.importorskip("pretrain")
 runs = pytest.importorskip("runs")
 
 import q4jax  # noqa: E402
+from q4jax.cli import main as cli  # noqa: E402
 from q4jax.finetune import Document, Piece  # noqa: E402
 from q4jax.finetune.folder import RunFolder  # noqa: E402
 from q4jax.models import from_pretrained, save_pretrained  # noqa: E402
@@ -94,18 +95,8 @@ def test_metrics_and_files(finished):
 def test_without_options_the_demo_is_trained(inputs, tmp_path, monkeypatch, capsys):
     """The model and the text of the demo take their place, also where the run resumes."""
 
-    def of_directory(_):
-        dense = from_pretrained(inputs / "model")
-        tokenizer = q4jax.finetune.Tokenizer(runs.load_tokenizer(inputs / "model"))
-
-        def load(config):
-            return dense if config is None else q4jax.quantize_model(dense, config)
-
-        return q4jax.finetune.Base(dense.config, tokenizer, load, name="org/demo")
-
     texts = [[Document("a text", (Piece(text, True),))] for text in (TEXT, TEXT[:700])]
-    monkeypatch.setattr(gguf_llama, "base", of_directory)
-    monkeypatch.setattr(demo, "model_file", lambda: None)
+    monkeypatch.setattr(pretrain, "folder", lambda: inputs / "model")
     monkeypatch.setattr(demo, "documents", lambda: texts)
     options = arguments(inputs, tmp_path / "out", 1)[4:]
     finetune.main([*options, "--eval-length", "64"])
@@ -114,7 +105,7 @@ def test_without_options_the_demo_is_trained(inputs, tmp_path, monkeypatch, caps
     finetune.main(["--out", str(tmp_path / "out"), "--resume", "--steps", "2"])
     assert [step for step, _ in RunFolder(tmp_path / "out").history("loss")] == [1, 2]
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "org/demo"
+    assert config["base_model_name_or_path"] == str(inputs / "model")
     with pytest.raises(SystemExit):
         finetune.main(["--out", str(tmp_path / "out")])
     assert "--resume continues it, --overwrite" in capsys.readouterr().err
@@ -161,20 +152,24 @@ def test_the_result_is_usable(inputs, finished, tmp_path, capsys):
     import export
     import generate as example
 
-    how = ["--prompt", "The quick", "--new-tokens", "8"]
+    how = ["--prompt", "The quick", "--max-new-tokens", "8"]
     texts = []
     export.main([str(finished), str(tmp_path / "merged")])
     for source in (
-        ["--run", str(finished)],
-        ["--model", str(inputs / "model"), "--adapter", str(finished / "adapter")],
-        ["--model", str(tmp_path / "merged"), "--dense"],
+        [str(finished)],
+        [str(inputs / "model"), "--adapter", str(finished / "adapter"), "--quantize", "nf4"],
+        [str(tmp_path / "merged")],
     ):
         capsys.readouterr()
         example.main([*source, *how])
-        texts.append(capsys.readouterr().out.split("\nfirst token")[0])
+        texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
-    example.main(["--model", str(inputs / "model"), *how])
-    assert not capsys.readouterr().out.startswith(texts[0])
+    example.main([str(inputs / "model"), *how])
+    assert capsys.readouterr().out != texts[0]
+    assert cli(["convert", str(finished), str(tmp_path / "again"), "--to", "huggingface"]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        expected = (tmp_path / "merged" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == expected
     export.main([str(finished), str(tmp_path / "small"), "--four-bit"])
     assert runs.is_quantized(tmp_path / "small")
     with pytest.raises(SystemExit, match="merged exists already"):
