@@ -116,8 +116,10 @@ def compare(commit, steps):
         candidates = {
             f"{commit}, examples/finetune.py": Candidate(folder, _EARLIER % known),
             "now, as by default": Candidate(ROOT, _NOW % {**known, "remat": "layer"}),
-            "now, --remat projections": Candidate(ROOT, _NOW % {**known, "remat": "projections"}),
-            "now, --remat none": Candidate(ROOT, _NOW % {**known, "remat": None}),
+            "now, model.remat = 'projections'": Candidate(
+                ROOT, _NOW % {**known, "remat": "projections"}
+            ),
+            "now, --no-remat": Candidate(ROOT, _NOW % {**known, "remat": None}),
         }
         rng = np.random.default_rng(0)
         for number in range(steps + 1):

