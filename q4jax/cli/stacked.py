@@ -30,6 +30,7 @@ from q4jax.ops.params import Params4bit
 _EMBEDDING = "embed_tokens.embedding"  # of every model here; of a 4-bit one: _EMBEDDING_4BIT
 _EMBEDDING_4BIT = "embed_tokens.weight"
 _ADAPTER = ".lora_a"
+_SHARD = 5_000_000_000  # bytes of a file of a Hugging Face directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +172,8 @@ def write_model(
     parent = Path(target).absolute().parent
     with tempfile.TemporaryDirectory(dir=parent, prefix=".convert-") as folder:
         new, files = Path(folder, "new"), tokenizer if file_format == "huggingface" else None
-        shard = {} if file_format == "huggingface" else {"max_shard_bytes": sys.maxsize}
-        save_pretrained(model, new, quant_storage=quant_storage, tokenizer=files, **shard)
+        largest = _SHARD if file_format == "huggingface" else sys.maxsize
+        save_pretrained(model, new, largest, quant_storage=quant_storage, tokenizer=files)
         count = len(Checkpoint(new))
         os.rename(new if file_format == "huggingface" else new / "model.safetensors", target)
     return count

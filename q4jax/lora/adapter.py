@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from q4jax.convert.kernel_axes import KernelAxes
+from q4jax.lora.product import low_rank_product
 from q4jax.nnx.base import to_sharding
 from q4jax.nnx.converters import LayerConverter, converter_for
 from q4jax.nnx.linear import Linear4bit
@@ -175,11 +176,7 @@ class LoRALinear4bit(Adapter):
         a, b = (v[...].astype(y.dtype) for v in (self.lora_a, self.lora_b))
 
         def product(rows: Array) -> Array:
-            if any(jax.typeof(rows).sharding.spec[1:-1]):
-                return (rows @ a) @ b  # no axes to merge, on a mesh of Explicit ones
-            # As a matrix: XLA's CPU compiler transposes a whole gradient with several axes of rows.
-            flat = rows.reshape(-1, rows.shape[-1])
-            return ((flat @ a) @ b).reshape(*rows.shape[:-1], b.shape[-1])
+            return low_rank_product(rows, a, b)
 
         equation = kwargs.get("einsum_str")
         update = _converter(self.base).apply(self.base, x.astype(y.dtype), product, equation)
