@@ -3,7 +3,7 @@
 4-bit weights are in a collection of their own, `"quant"`, a `Params4bit` for each layer; biases are
 in `"params"`. Differentiate and optimize `"params"` and pass `"quant"` along:
 `model.apply({"params": params, "quant": quant}, x)`. `nn.scan` and `nn.vmap` take
-`variable_axes={"params": 0, "quant": 0}`.
+`variable_axes={"params": 0, "quant": 0}`. `add_lora` puts adapters into a third collection, "lora".
 """
 
 import warnings
@@ -18,6 +18,7 @@ from q4jax.linen.layers import (
     LinearFP4,
     LinearNF4,
 )
+from q4jax.linen.lora import add_lora, merge_lora
 from q4jax.linen.variables import COLLECTION, quantize_variables
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "Linear4bit",
     "LinearFP4",
     "LinearNF4",
+    "add_lora",
+    "merge_lora",
     "merge_quantized",
     "plan_quantization",
     "quantize_model",

@@ -20,7 +20,9 @@ from q4jax.convert.kernel_axes import KernelAxes
 from q4jax.convert.plan import Conversion, Plan, make_decision, report
 from q4jax.convert.registry import describe_layer, resolve_axes
 from q4jax.convert.rules import Config, Rules
+from q4jax.linen.adapter import ADAPTERS, AdaptedBox
 from q4jax.linen.quantized_param import QuantizedBox
+from q4jax.linen.unmerged import Unmerged
 from q4jax.linen.variables import COLLECTION, WEIGHT_NAMES
 from q4jax.ops.params import Params4bit
 
@@ -60,8 +62,8 @@ def quantize_model(
 
     Returns:
       The variables, with 4-bit weights in the collection "quant" and the others in "params". Pass
-      them to the model through `merge_quantized`: without it `model.apply` finds no such parameter,
-      and Flax raises `ScopeParamNotFoundError` for "kernel".
+      them to the model through `merge_quantized`. In the place of each 4-bit weight, "params" has a
+      mark without arrays; a model that reads one raises a ValueError that says so.
 
     Raises:
       ValueError: for the reasons of `q4jax.quantize_model`; there is no "params".
@@ -92,6 +94,7 @@ def quantize_model(
             quant[(*at, name)] = QuantizedBox.quantize(
                 meta.unbox(leaf), axes, where, variable=None, **settings
             )
+            params[(*at, name)] = Unmerged(where)
     return {**variables, "params": unflatten_dict(params), COLLECTION: unflatten_dict(quant)}
 
 
@@ -129,15 +132,17 @@ def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the 4-bit weights into "params", where the model's code reads its parameters.
 
     It is pure and cheap. Call it inside of `jit` and `grad`, on the "params" that are
-    differentiated and the "quant" that is not. `flax.linen.unbox` of the result has the dense
-    weights.
+    differentiated and the "quant" that is not. Adapters of these weights (`add_lora`), in the
+    collection "lora", are added when the weights are read. `flax.linen.unbox` of the result has the
+    dense weights.
 
     Args:
-      variables: the variables that `quantize_model` returned.
+      variables: the variables that `quantize_model` or `add_lora` returned.
 
     Raises:
-      ValueError: a 4-bit weight and a parameter have the same path; a weight lacks the axes of its
-        kernel, as a checkpoint that was restored without a target does.
+      ValueError: a 4-bit weight and a parameter have the same path; a 4-bit weight is missing; a
+        weight lacks the axes of its kernel, as a checkpoint that was restored without a target
+        does.
 
     Examples:
       >>> import jax, jax.numpy as jnp, q4jax
@@ -148,22 +153,32 @@ def merge_quantized(variables: Mapping[str, Any]) -> dict[str, Any]:
       ...     variables = {"params": params, "quant": small["quant"]}
       ...     return model.apply(q4jax.linen.merge_quantized(variables), x).sum()
       >>> jax.tree.map(jnp.shape, jax.grad(loss)(small["params"]))
-      {'bias': (32,)}
+      {'bias': (32,), 'kernel': Unmerged('kernel')}
     """
     params = flatten_dict(variables.get("params", {}))
+    lora = flatten_dict(variables.get(ADAPTERS, {}))
     rest: dict[Path, Any] = {}
     for path, weight in flatten_dict(variables.get(COLLECTION, {})).items():
+        where = "/".join(path)
         if not isinstance(weight, QuantizedBox):
             if isinstance(weight, Params4bit) and path[-1] not in WEIGHT_NAMES.values():
                 raise ValueError(
-                    f"{'/'.join(path)} in {COLLECTION!r} must be what quantize_model made, got a "
+                    f"{where} in {COLLECTION!r} must be what quantize_model made, got a "
                     "bare Params4bit; restore a checkpoint with these variables as the target"
                 )
             rest[path] = weight
-        elif params.setdefault(path, weight) is not weight:
-            raise ValueError(f"{'/'.join(path)} is in 'params' and, 4-bit, in {COLLECTION!r}")
-    placed = {**variables, "params": unflatten_dict(params), COLLECTION: unflatten_dict(rest)}
-    return {name: tree for name, tree in placed.items() if name != COLLECTION or tree}
+            continue
+        if not isinstance(params.get(path, Unmerged(where)), Unmerged):
+            raise ValueError(f"{where} is in 'params' and, 4-bit, in {COLLECTION!r}")
+        adapter = lora.pop(path, None)
+        params[path] = weight if adapter is None else AdaptedBox(weight, adapter)
+    for path, leaf in params.items():
+        if isinstance(leaf, Unmerged):
+            raise ValueError(f"{'/'.join(path)} is 4-bit, but not in {COLLECTION!r} of variables")
+    placed = {**variables, "params": unflatten_dict(params)}
+    for name, tree in ((COLLECTION, rest), (ADAPTERS, lora)):
+        placed[name] = unflatten_dict(tree)
+    return {n: tree for n, tree in placed.items() if tree or n not in (COLLECTION, ADAPTERS)}
 
 
 def _plan(

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from q4jax.core.argument_names import name_ours
 from q4jax.core.codebooks import QuantType
 from q4jax.core.spec import QuantSpec, float_dtype
+from q4jax.linen.adapter import ADAPTERS
 from q4jax.linen.variables import COLLECTION, WEIGHT_NAMES, quantize_parameter
 from q4jax.ops.embedding import take_rows
 from q4jax.ops.matmul import in_compute_dtype, matmul_4bit
@@ -52,8 +53,9 @@ def _load(
 class Linear4bit(nn.Module):
     """A linear layer with a frozen 4-bit weight, called like `nn.Dense`: `x @ W.T + bias`.
 
-    Its variables are `quant/weight`, a `Params4bit` of `[features, in]`, and `params/bias`. With
-    the same key it has the quantized weights of an `nn.Dense` with the same name.
+    Its variables are `quant/weight`, a `Params4bit` of `[features, in]`, and `params/bias`; where
+    `add_lora` made one, `lora/weight` is its adapter. With the same key it has the quantized
+    weights of an `nn.Dense` with the same name.
 
     Attributes:
       features: width of the output.
@@ -108,7 +110,11 @@ class Linear4bit(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return matmul_4bit(inputs, weight, bias=bias, implementation=self.implementation)
+        y = matmul_4bit(inputs, weight, bias=bias, implementation=self.implementation)
+        name = WEIGHT_NAMES["kernel"]
+        if not self.has_variable(ADAPTERS, name):
+            return y
+        return y + self.get_variable(ADAPTERS, name).apply(inputs.astype(y.dtype))
 
 
 @name_ours

@@ -1,20 +1,18 @@
 """`add_lora`: add LoRA adapters to the layers of a model."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from q4jax.convert.rules import compiled, require_matches
+from q4jax.convert.targets import Targets, check_adapter, choose_targets
 from q4jax.core.argument_names import name_ours
 from q4jax.lora.adapter import Adapter
-from q4jax.lora.targets import Target, target_of
+from q4jax.lora.targets import target_of
 from q4jax.nnx.traverse import check_module, iter_modules, replace_modules
 
 M = TypeVar("M")
-Targets = str | Sequence[str] | None
 
 
 @name_ours
@@ -71,10 +69,7 @@ def add_lora(
       >>> [leaf.shape for leaf in jax.tree.leaves(grads)]
       [(64, 8), (8, 32)]
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+    check_adapter(rank, dropout)
     settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "rslora": rslora, "dropout": dropout}
     if dora:
         settings["dora"] = True
@@ -83,7 +78,9 @@ def add_lora(
     _require_none(model)
     found = {path: target_of(module) for path, module in iter_modules(model)}
     layers = {path: target for path, target in found.items() if target is not None}
-    chosen = _choose(layers, targets)
+    chosen = choose_targets(
+        {p: t.is_4bit and not t.is_embedding for p, t in layers.items()}, targets
+    )
 
     def replace(path: str, module: nnx.Module) -> nnx.Module:
         return layers[path].adapt(module, path, settings) if path in chosen else module
@@ -95,31 +92,3 @@ def _require_none(model: Any) -> None:
     for path, module in iter_modules(model):
         if isinstance(module, Adapter):
             raise ValueError(f"model has an adapter already at {path or '(root)'}")
-
-
-def _choose(layers: dict[str, Target], targets: Targets) -> set[str]:
-    """Return the paths to adapt; ValueError where a target matches no layer."""
-    if targets in ("all-linear", ["all-linear"], ("all-linear",)):
-        raise ValueError(
-            f"targets={targets!r}: leave targets out for every layer with a 4-bit weight but "
-            f"embeddings, or give '.*' for every layer"
-        )
-    if isinstance(targets, str):
-        require_matches([targets], layers)
-        return {path for path in layers if compiled(targets).fullmatch(path)}
-    idle: list[str] = []
-    if targets is None:
-        chosen = {p for p, t in layers.items() if t.is_4bit and not t.is_embedding}
-    else:
-        under = {t: {p for p in layers if f".{t}." in f".{p}."} for t in targets}
-        chosen = set().union(*under.values())
-        idle = [target for target, paths in under.items() if not paths]
-    if idle or not chosen:
-        missed = f"; no layer is {idle}" if idle else ""
-        if targets is None and layers:
-            missed = "; without targets, layers with a 4-bit weight have adapters (quantize_model)"
-        raise ValueError(
-            f"add_lora matched no layer: targets={targets!r}{missed}; layers that can have an "
-            f"adapter: {[path or '(root)' for path in layers]}"
-        )
-    return chosen

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from q4jax.core.html import html_table
+from q4jax.linen.adapter import ADAPTERS
 from q4jax.linen.variables import COLLECTION
 from q4jax.nnx.variables import Frozen4bit, is_variable
 from q4jax.ops.params import Params4bit
@@ -27,8 +28,8 @@ class MemoryReport:
       quantized_weights: elements of the weights that are 4-bit.
       original_bytes: what those weights took before quantization.
       other_weights: elements of everything else, adapters apart.
-      trainable: elements of `nnx.LoRAParam` where there are adapters, else of `nnx.Param`; those of
-        Linen's "params" that are not 4-bit.
+      trainable: elements of `nnx.LoRAParam` or Linen's "lora" where there are adapters, else of
+        `nnx.Param`; those of Linen's "params" that are not 4-bit.
     """
 
     code_bytes: int
@@ -219,13 +220,19 @@ def _of_variables(variables: Mapping[str, Any]) -> tuple[list[Params4bit], _Rest
     found = leaves(variables)
     weights = find_weights(found)
     rest: _Rest = [
-        (str(path[1]), nnx.Param, leaf)
-        if path[0] == "params"
-        else (str(path[0]), nnx.Variable, leaf)
+        (str(path[0 if kind is nnx.Variable else 1]), kind, leaf)
         for path, leaf in found.items()
+        for kind in (_kind(path),)
         if hasattr(leaf, "dtype") and not in_weight(path, weights)  # a collection may hold numbers
     ]
     return list(weights.values()), rest
+
+
+def _kind(path: Any) -> type[Any]:
+    """The type of Variable that NNX has for a leaf of Linen's variables."""
+    if path[0] == ADAPTERS or (path[0] == "params" and path[-1] in ("lora_a", "lora_b")):
+        return nnx.LoRAParam
+    return nnx.Param if path[0] == "params" else nnx.Variable
 
 
 def _weights(model: nnx.Module) -> list[Params4bit]:
