@@ -45,6 +45,19 @@ def install(session: nox.Session, *packages: str) -> None:
         session.install("--quiet", *packages, env=env)
 
 
+def torch_for_cpu(session: nox.Session) -> str:
+    """The requirement of a CPU build of torch; the task is skipped where the index has none."""
+    report = pathlib.Path(session.create_tmp(), "torch.json")
+    session.run(
+        *("python", "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"),
+        *("--report", str(report), TORCH),
+    )
+    version = json.loads(report.read_text())["install"][0]["metadata"]["version"]
+    if not version.endswith("+cpu") and os.uname().sysname == "Linux":
+        session.skip(f"the package index has no CPU build of torch, but {version}")
+    return f"torch=={version}"
+
+
 def pytest(session: nox.Session, *arguments: str, **env: str) -> None:
     """Run pytest with two workers."""
     session.run("python", "-m", "pytest", "-n", "2", *arguments, *session.posargs, env=env)
@@ -139,17 +152,16 @@ def emulate(session: nox.Session) -> None:
 @nox.session(python=find_python("3.11"))
 def cross(session: nox.Session) -> None:
     """Against the real bitsandbytes, transformers and PEFT, with a CPU build of torch."""
-    report = pathlib.Path(session.create_tmp(), "torch.json")
-    session.run(
-        *("python", "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"),
-        *("--report", str(report), TORCH),
-    )
-    version = json.loads(report.read_text())["install"][0]["metadata"]["version"]
-    if not version.endswith("+cpu") and os.uname().sysname == "Linux":
-        session.skip(f"the package index has no CPU build of torch, but {version}")
-    install(session, f"torch=={version}", "-e", ".[test,cross]")
+    install(session, torch_for_cpu(session), "-e", ".[test,cross]")
     # `-m heavy` has the several hundred classes of transformers that are not in the quick part.
     pytest(session, "-m", "not heavy", "tests/cross")
+
+
+@nox.session(python=find_python("3.11"))
+def trainers(session: nox.Session) -> None:
+    """tunix's trainers on its own models in 4 bits, and their adapters in PEFT."""
+    install(session, torch_for_cpu(session), "-e", ".[test,trainers]")
+    pytest(session, "-m", "", "tests/integrations")
 
 
 @nox.session(python=find_python("3.13", "3.12"))

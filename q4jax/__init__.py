@@ -22,6 +22,7 @@ from q4jax.ops.weight_of_stack import weight_of_stack
 if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from q4jax import checkpoint as checkpoint
     from q4jax import finetune as finetune
+    from q4jax import integrations as integrations
     from q4jax import interop as interop
     from q4jax import models as models
     from q4jax import native as native
@@ -60,7 +61,7 @@ _LAZY: dict[str, tuple[str, ...]] = {
     "q4jax.lora.bank": ("AdapterBank",),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-_SUBMODULES = ("checkpoint", "finetune", "interop", "models", "native")
+_SUBMODULES = ("checkpoint", "finetune", "integrations", "interop", "models", "native")
 _RENAMED = {
     "Fold": ("q4jax.convert.kernel_axes", "Fold", "KernelAxes"),
     "trainable_parameters": ("q4jax.tree.memory", "trainable_report", "trainable_report"),

@@ -16,7 +16,7 @@ FLOORS = [
     ("nnx", "linen"),
     ("lora", "tree"),
     ("checkpoint", "interop"),
-    ("models",),
+    ("models", "integrations"),
     ("finetune",),
     ("cli",),
 ]

@@ -44,8 +44,9 @@ def test_every_exit_code_is_listed():
 def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text("utf-8") for path in (DOCS / "reference").glob("*.md"))
     named = re.findall(r"^::: q4jax\.(\S+)$", text, re.M)
-    public = {*q4jax.__all__, "checkpoint_v1"} - {"interop"}
+    public = {*q4jax.__all__, "checkpoint_v1"} - {"integrations", "interop"}
     public |= {f"interop.{name}" for name in ("bitsandbytes", "huggingface", "peft")}
+    public.add("integrations.tunix")
     assert sorted(named) == sorted(public)
     for name in public:
         assert pydoc.locate(f"q4jax.{name}").__doc__, name

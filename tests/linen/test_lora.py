@@ -71,6 +71,7 @@ def both(kind):
     return lambda v: model.apply(v, X), small, "weight", variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["any", "ours"])
 def test_outputs_gradients_and_steps_are_those_of_nnx(kind):
     apply, small, weights, dense = both(kind)
@@ -143,6 +144,7 @@ class Scanned(nn.Module):
         return stack(self.layer(64, name="layers"), x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["any", "ours"])
 def test_a_stack_has_an_adapter_for_each_layer(kind):
     dense = Scanned(nn.Dense)

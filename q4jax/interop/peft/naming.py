@@ -1,7 +1,7 @@
 """The adapters of a model under the names that PEFT has for them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from q4jax.nnx.quantized_variable import QuantizedVariable
 
 # Names of the layers of a stack, with their indices, of its path and leading axes.
 Layers = Callable[[str, Index], Iterator[tuple[str, Index]]]
+Names = Callable[[str], str | Sequence[str]]
+"""The name in the files of a module, by its path; or those of several modules that the layer is at
+once, one after the other along its output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +103,13 @@ def name_adapters(
     prefix: str,
     stack: str,
     stacks: Stacks,
+    names: Names = lambda path: path,
 ) -> list[Named]:
     """Return each adapter under PEFT's name; modules and adapters are by path.
 
     Raises:
-      ValueError: a stacked layer has no part `stack` in its name.
+      ValueError: a stacked layer has no part `stack` in its name; a layer that has several names
+        cannot be split evenly.
       NotImplementedError: PEFT has no such adapter.
     """
 
@@ -115,17 +120,37 @@ def name_adapters(
     experts: dict[str, dict[str, Any]] = {}
     for path, adapter in adapters.items():
         parent, _, leaf = path.rpartition(".")
-        expert = expert_layer(path)
+        own = names_of(path, names)
+        expert = expert_layer(own[0])
         if expert and adapter.sizes()[0]:
-            experts.setdefault(parent, {})[expert] = adapter
+            experts.setdefault(own[0].rpartition(".")[0], {})[expert] = adapter
             continue
-        name = with_prefix(path, prefix)
         if isinstance(adapter, LoRAWeight) and _is_only_weight(modules.get(parent), adapter):
-            name = with_prefix(parent, prefix)
-        named += _of_layer(name, leaf, adapter, stack, layers)
-    for parent, own in experts.items():
-        named += _of_experts(with_prefix(parent, prefix), own, layers)
+            own = names_of(parent, names)
+        parts = [_of_layer(with_prefix(n, prefix), leaf, adapter, stack, layers) for n in own]
+        for i, part in enumerate(parts):
+            named += part if len(own) == 1 else (_split(entry, i, own) for entry in part)
+    for parent, group in experts.items():
+        named += _of_experts(with_prefix(parent, prefix), group, layers)
     return named
+
+
+def names_of(path: str, names: Names) -> tuple[str, ...]:
+    """Return the names of a module, one or several."""
+    found = names(path)
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _split(entry: Named, i: int, names: tuple[str, ...]) -> Named:
+    """Return the part of an adapter that is the `i`-th of several modules."""
+    if entry.parameter or entry.of_embedding:
+        raise NotImplementedError(f"{entry.module}: only a linear layer can be several: {names}")
+    width, rest = divmod(entry.b.shape[1], len(names))
+    if rest:
+        raise ValueError(f"{entry.b.shape[1]} outputs are not {len(names)} even parts: {names}")
+    at = slice(i * width, (i + 1) * width)
+    magnitude = None if entry.magnitude is None else entry.magnitude[at]
+    return dataclasses.replace(entry, b=entry.b[:, at], magnitude=magnitude)
 
 
 def _is_only_weight(module: Any, weight: LoRAWeight) -> bool:

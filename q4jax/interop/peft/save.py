@@ -14,7 +14,7 @@ from q4jax.disk import new_file, whole_directory
 from q4jax.interop.files import encode_json
 from q4jax.interop.peft.config import AdapterConfig
 from q4jax.interop.peft.names import stacks_of
-from q4jax.interop.peft.naming import Named, name_adapters
+from q4jax.interop.peft.naming import Named, Names, name_adapters, names_of
 from q4jax.interop.peft.patterns import shortest
 from q4jax.interop.peft.tensors import CONFIG, ROOT, TENSORS
 from q4jax.interop.peft.tied import EMBEDDING, is_tied
@@ -33,6 +33,7 @@ def save_adapters(
     revision: str | None = None,
     prefix: str = "model.",
     stack: str = "layers",
+    names: Names = lambda path: path,
 ) -> None:
     """Save the adapters of a model, and nothing else, as PEFT reads them; whole or not at all.
 
@@ -49,18 +50,22 @@ def save_adapters(
       revision: that of the base on the hub, which PEFT loads then; None: the main branch.
       prefix: text before the model's names in the files. Heads, such as "lm_head", have none.
       stack: the name that a layer number follows, if layers are stacked.
+      names: a function from the dotted path of a module to its name in the files, without the
+        prefix, for a model that does not have transformers' names. It returns several names for a
+        layer that is several modules there, one after the other along its output, such as keys
+        and values; each gets the same `lora_A`.
 
     Raises:
       FileExistsError: the directory holds adapters, or another thread or process is writing it.
       ValueError: the model has no adapters, or one config cannot describe them: they differ in
-        dropout, `rslora` or DoRA.
+        dropout, `rslora` or DoRA; the outputs of a layer are not even parts for its names.
       NotImplementedError: PEFT has no such adapter, as DoRA for experts.
     """
     modules = dict(iter_modules(model))
     adapters = {p: m for p, m in modules.items() if isinstance(m, Adapter)}
     if not adapters:
         raise ValueError("the model has no adapter to save; add_lora makes them")
-    named = name_adapters(modules, adapters, prefix, stack, stacks_of(model))
+    named = name_adapters(modules, adapters, prefix, stack, stacks_of(model), names)
     config = _common_config(model, adapters, named)
     tensors: dict[str, np.ndarray] = {}
     for entry in named:
@@ -73,7 +78,7 @@ def save_adapters(
         tensors[f"{ROOT}{HEAD}.lora_A.weight"] = first.b
         tensors[f"{ROOT}{HEAD}.lora_B.weight"] = first.a
     text = encode_json(
-        config.to_json(_targets(model, adapters, named), base_model, revision), CONFIG
+        config.to_json(_targets(model, adapters, named, names), base_model, revision), CONFIG
     )
     layouts = {name: layout_of(tensor) for name, tensor in tensors.items()}
     plan = plan_file(layouts, {"format": "pt"})
@@ -135,15 +140,18 @@ def _common_config(
     )
 
 
-def _targets(model: nnx.Module, adapters: dict[str, Any], named: list[Named]) -> list[str]:
+def _targets(
+    model: nnx.Module, adapters: dict[str, Any], named: list[Named], names: Names
+) -> list[str]:
     """Return the adapted modules: by their last names where these mean no other module."""
-    names = [e.module for e in named if not e.parameter]
+    modules = [e.module for e in named if not e.parameter]
     others = {
-        path.rpartition(".")[2]
+        name.rpartition(".")[2]
         for path, module in iter_modules(model)
+        for name in names_of(path, names)
         if target_of(module) is not None
         and not any(f"{path}.".startswith(f"{p}.") for p in adapters)
     }
     partial = {e.module.rpartition(".")[2] for e in named if e.is_partial}
-    ends = {name.rpartition(".")[2] for name in names} - others - partial
-    return sorted({end if (end := name.rpartition(".")[2]) in ends else name for name in names})
+    ends = {name.rpartition(".")[2] for name in modules} - others - partial
+    return sorted({end if (end := name.rpartition(".")[2]) in ends else name for name in modules})
