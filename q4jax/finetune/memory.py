@@ -85,7 +85,8 @@ def estimate(entries: Mapping[str, Any], settings: Settings, mesh: str | None = 
     parts = settings.accumulate
     rows = settings.batch // parts
     batch = _batch(rows, parts, settings.length, placement)
-    memory = compile_step(model, optimizer, batch, placement).memory_analysis()
+    with placement.active():
+        memory = compile_step(model, optimizer, batch, placement).memory_analysis()
     spec, local = config.decoder, -(-rows // placement.batch_parts)
     tokens = local * settings.length
     block = min(tokens, max(BLOCK, tokens // 4)) * min(spec.vocab_size, WIDEST)

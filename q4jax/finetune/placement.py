@@ -1,5 +1,6 @@
 """Where the arrays of a run lie: on a mesh, or on the default device."""
 
+import contextlib
 import math
 from typing import Any, TypeVar
 
@@ -19,6 +20,11 @@ def simulate(text: str | None) -> None:
     """Let a CPU simulate the devices of a mesh; call it before JAX initializes its devices."""
     if text is not None:
         jax.config.update("jax_num_cpu_devices", math.prod(sizes(text).values()))
+
+
+def _axis_type(devices: np.ndarray) -> AxisType:
+    """The type of a mesh's axes: on Auto ones, XLA for TPU compiles no operation of 4 bits."""
+    return AxisType.Explicit if devices.flat[0].platform == "tpu" else AxisType.Auto
 
 
 class Placement:
@@ -41,8 +47,15 @@ class Placement:
         if found != wanted:
             raise SettingsError(f"--mesh {text} is for {wanted} devices, there are {found}")
         devices = np.array(jax.devices()).reshape(tuple(axes.values()))
-        mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+        mesh = Mesh(devices, tuple(axes), axis_types=(_axis_type(devices),) * len(axes))
         self.rules = LlamaShardings(mesh, blocksize=blocksize)
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the arrays of a run are made and used."""
+        if self.rules is None or AxisType.Auto in self.rules.mesh.axis_types:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = jax.set_mesh(self.rules.mesh)
+        return context
 
     # Equal placements are one for `jit`, so that a second run compiles nothing anew.
     def __eq__(self, other: object) -> bool:

@@ -31,7 +31,8 @@ def restore(path: str | os.PathLike[str], *, mesh: str | None = None) -> Llama:
 
     Args:
       path: the folder of the run.
-      mesh: the mesh to shard it on, as the setting; None: the default device.
+      mesh: the mesh to shard it on, as the setting; None: the default device. On TPUs its axes are
+        Explicit: call the model under `jax.set_mesh`.
 
     Raises:
       SettingsError: there is no run, or it is not finished.
@@ -44,7 +45,9 @@ def restore(path: str | os.PathLike[str], *, mesh: str | None = None) -> Llama:
             f"{folder.path} holds a run that is not finished: --resume continues it"
         )
     placement = Placement(mesh, settings.blocksize)
-    model: Llama = checkpoint.restore(folder.checkpoint, _target(found, settings, placement))
+    with placement.active():
+        target = _target(found, settings, placement)
+        model: Llama = checkpoint.restore(folder.checkpoint, target)
     model.eval()
     return model
 
@@ -99,7 +102,7 @@ def main(path: str, probe: str, mesh: str | None = None) -> None:
     """Restore a run, compare its logits with those of a file, and print the result as JSON."""
     simulate(mesh)
     model = restore(path, mesh=mesh)
-    with np.load(probe) as expected:
+    with np.load(probe) as expected, Placement(mesh).active():
         found = logits(model, expected["tokens"])
         same = all(np.array_equal(value, expected[name]) for name, value in found.items())
     print(json.dumps({"restored_bit_identical": same, "second_process_pid": os.getpid()}))

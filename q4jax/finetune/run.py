@@ -101,8 +101,12 @@ class _Run:
     description: dict[str, Any] | None
 
     def go(self) -> dict[str, Any] | None:
+        placement = Placement(self.settings.mesh, self.settings.blocksize)
+        with placement.active():
+            return self._go(placement)
+
+    def _go(self, placement: Placement) -> dict[str, Any] | None:
         began, settings = time.perf_counter(), self.settings
-        placement = Placement(settings.mesh, settings.blocksize)
         base = find_base(settings, placement) if self.base is None else self.base
         data = prepare(settings, base, self.documents, placement)
         if self.description is not None and data.checksum != self.description["data"]:

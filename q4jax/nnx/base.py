@@ -61,7 +61,7 @@ class Quantized(nnx.Module):
         """
         weight = from_variables(self.weight)
         own, found = self._spec(shape), spec_of(weight)
-        if own != found:
+        if own.tag() != found.tag():
             raise ValueError(f"{type(self).__name__} is {own.tag()}, its weight is {found.tag()}")
         return weight
 

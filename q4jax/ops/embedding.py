@@ -14,8 +14,8 @@ from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec, float_dtype
 from q4jax.ops.params import Params4bit, as_params4bit
-from q4jax.ops.weight_sharding import WeightAxes, local_weight
-from q4jax.sharding.axes import AxisLabels, ExplicitSharding, batch_labels, mesh_axes_of
+from q4jax.ops.weight_sharding import WeightAxes, local_weight, placement_of
+from q4jax.sharding.axes import AxisLabels, ExplicitSharding, Placement, batch_labels, mesh_axes_of
 from q4jax.sharding.op import Shard, ShardedOp
 from q4jax.sharding.partition import run
 
@@ -90,6 +90,11 @@ class TakeRows(ShardedOp):
     def weight_name(self) -> str:
         """The table's tag."""
         return self.spec.tag()
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the table lies, if its description says so."""
+        return placement_of(self.spec)
 
     def axes(self, ids: Array, arrays: WeightArrays) -> tuple[Any, tuple[AxisLabels, ...]]:
         """Label the ids, the table and the rows."""

@@ -10,7 +10,8 @@ from jax import Array, lax
 from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.spec import QuantSpec
 from q4jax.ops.registry import AUTOMATIC, IMPLEMENTATIONS, Implementation
-from q4jax.sharding.axes import MeshAxes
+from q4jax.ops.weight_sharding import placement_of
+from q4jax.sharding.axes import MeshAxes, Placement
 from q4jax.sharding.op import Shard, ShardedOp
 
 
@@ -33,6 +34,11 @@ class WeightOp(ShardedOp):
     def weight_name(self) -> str:
         """The weight's tag."""
         return self.spec.tag()
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the weight lies, if its description says so."""
+        return placement_of(self.spec)
 
     def compute(
         self, shard: Shard, implementation: Implementation, *operands: Any

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
+from q4jax.core.placed_spec import PlacedSpec
 from q4jax.core.spec import QuantSpec
-from q4jax.sharding.axes import REPLICATED, AxisLabel, AxisLabels
+from q4jax.sharding.axes import REPLICATED, AxisLabel, AxisLabels, Placement
 from q4jax.sharding.op import Shard
 from q4jax.xla.by_platform import by_platform
 from q4jax.xla.tpu import scales as tpu_scales
@@ -54,6 +55,11 @@ class WeightAxes(NamedTuple):
         """The labels in the structure of the weight's arrays."""
         statistics = ((REPLICATED,), ()) if self.nested else (None, None)
         return WeightArrays(self.packed, self.absmax, *statistics)  # type: ignore[arg-type]
+
+
+def placement_of(spec: QuantSpec) -> Placement | None:
+    """Return where a weight lies, if its description says so."""
+    return Placement(spec.mesh_axes, spec.batch) if isinstance(spec, PlacedSpec) else None
 
 
 def local_spec(shard: Shard, spec: QuantSpec) -> QuantSpec:

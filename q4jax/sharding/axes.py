@@ -83,6 +83,35 @@ def partition_spec(labels: AxisLabels, split: Split) -> PartitionSpec:
     return PartitionSpec(*(split.get(axis.label or "") or None for axis in labels))
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where an op's operands lie on Auto mesh axes, as far as its caller knows.
+
+    Attributes:
+      weight: the mesh axes of each axis of the weight's codes; the last ones, where the codes have
+        fewer axes.
+      batch: those of the first batch axis of the other operands.
+    """
+
+    weight: tuple[MeshAxes, ...]
+    batch: MeshAxes
+
+    def of_labels(self, packed: AxisLabels, contraction: str | None) -> tuple[Split, Split]:
+        """Return the mesh axes of each label, in the weight and in other operands.
+
+        Args:
+          packed: the labels of the weight's codes.
+          contraction: the label that the op sums over. Another operand has it sharded as the weight
+            has, but for the axes of the batch.
+        """
+        own = (*((),) * len(packed), *self.weight)[-len(packed) :]
+        weight = {a.label: axes for a, axes in zip(packed, own, strict=True) if a.label and axes}
+        lead = {n: axes for n, axes in weight.items() if n.startswith(("vmap", "lead"))}
+        summed = tuple(a for a in weight.get(contraction or "", ()) if a not in self.batch)
+        others = {**lead, "batch0": self.batch, contraction or "": summed}
+        return weight, others
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ExplicitSharding:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jax import Array, lax
 
-from q4jax.sharding.axes import AxisLabels, MeshAxes, Split
+from q4jax.sharding.axes import AxisLabels, MeshAxes, Placement, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,11 @@ class ShardedOp:
     def weight_name(self) -> str:
         """The name of the weight in errors about its sharding."""
         return self.name
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the operands lie; None: the compiler knows, or their types say it."""
+        return None
 
     def axes(self, *operands: Any) -> tuple[Any, tuple[AxisLabels, ...]]:
         """Label the axes of the operands (a pytree like theirs) and of each result."""

@@ -3,6 +3,7 @@
 - Without a mesh, or on Auto axes, through `custom_partitioning`: the compiler propagates shardings
   by the op's rule, asks how to split the op, and moves what that needs. XLA for TPU has no such
   thing, and there Auto axes are an error.
+- On Auto axes, with an op that knows where its operands lie (`Placement`), through `shard_map`.
 - On Explicit axes, through `shard_map`, by the same choice from the shardings in the types.
 - Inside the caller's `shard_map`, on Manual axes: the operands are shards already.
 
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from q4jax.sharding.axes import (
     AxisLabel,
     AxisLabels,
+    Placement,
     ShardedOperand,
     Split,
     mesh_axes_of,
@@ -151,6 +153,8 @@ def _batched(op: ShardedOp, tree: Any, lead: int) -> Callable[..., tuple[Array, 
             types = zip(mesh.axis_names, mesh.axis_types, strict=True)
             names = tuple(name for name, kind in types if kind == AxisType.Explicit)
             return _explicit(call, flat, mesh, names)
+        if auto and op.placement is not None and AxisType.Manual not in axes:
+            return _placed(call, op.placement, flat, mesh, auto)
         if auto and AxisType.Manual in axes:
             # There the compiler does not say how operands are sharded: it must see the computation.
             visible = dataclasses.replace(call, op=op.visible_to_compiler(auto))
@@ -193,16 +197,49 @@ def _explicit(
     sizes = dict(mesh.shape)
     mesh_axes = [mesh_axes_of(jax.typeof(a).sharding.spec, a.ndim, sizes) for a in flat]
     operands, results = call.sharded(flat, mesh_axes)
+    function, in_specs = _on_shards(call, operands, results, sizes, explicit)
+    return function(*map(jax.sharding.reshard, flat, in_specs))
+
+
+def _placed(
+    call: _Call, placement: Placement, flat: Sequence[Array], mesh: Any, auto: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """The op under `shard_map` on Auto axes, from what its caller knows of the operands."""
+    sizes = dict(mesh.shape)
+    operands, results = call.sharded(flat, [None] * len(flat))
+    numbers = jax.tree.unflatten(call.tree, range(len(flat)))
+    own = jax.tree.leaves(numbers[call.op.weight_operand])[:2]
+    weight, others = placement.of_labels(operands[own[0]].labels, call.op.contraction)
+    operands = [
+        operand._replace(
+            mesh_axes=tuple(
+                (weight if number in own else others).get(axis.label or "") or ()
+                for axis in operand.labels
+            )
+        )
+        for number, operand in enumerate(operands)
+    ]
+    return _on_shards(call, operands, results, sizes, auto)[0](*flat)
+
+
+def _on_shards(
+    call: _Call,
+    operands: Sequence[ShardedOperand],
+    results: Sequence[AxisLabels],
+    sizes: Mapping[str, int],
+    axes: tuple[str, ...],
+) -> tuple[Callable[..., tuple[Array, ...]], tuple[PartitionSpec, ...]]:
+    """The op under `shard_map` over these mesh axes, and how it takes its operands."""
     split = call.split(operands, [], sizes)
     in_specs, out_specs = call.specs(split, operands, results)
     function = jax.shard_map(
         call.on_shard(Shard(split, sizes)),
-        axis_names=set(explicit),
+        axis_names=set(axes),
         in_specs=in_specs,
         out_specs=out_specs,
         check_vma=False,
     )
-    return function(*map(jax.sharding.reshard, flat, in_specs))
+    return function, in_specs
 
 
 @functools.lru_cache(1024)

@@ -45,8 +45,8 @@ def _lower_tpu(context: Any, *operands: Any, name: str) -> list[Any]:
         raise NotImplementedError(
             f"4-bit weights (the operation {name!r}) on {devices} TPUs with Auto mesh axes: XLA "
             "for TPU has no custom_partitioning. Make the axes Explicit, by jax.make_mesh(..., "
-            "axis_types=(jax.sharding.AxisType.Explicit,) * n) and jax.set_mesh, or call them in a "
-            "jax.shard_map over all axes"
+            "axis_types=(jax.sharding.AxisType.Explicit,) * n) and jax.set_mesh, for models of "
+            "q4jax.models too, or call the operation in a jax.shard_map over all axes"
         )
     return list(operands)
 

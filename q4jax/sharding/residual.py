@@ -3,14 +3,15 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
-from q4jax.sharding.axes import REPLICATED, AxisLabels, batch_labels
+from q4jax.sharding.axes import REPLICATED, AxisLabels, MeshAxes, batch_labels
 from q4jax.sharding.op import Shard, ShardedOp
 from q4jax.sharding.partition import axes_by_type, run
 
@@ -38,19 +39,41 @@ def outputs_are_whole() -> bool:
     return _whole_outputs.get()
 
 
-@jax.custom_vjp
+_batch: contextvars.ContextVar[MeshAxes | None] = contextvars.ContextVar("batch", default=None)
+
+
+@contextlib.contextmanager
+def split_batches(axes: MeshAxes) -> Iterator[None]:
+    """Have each `whole_features` traced inside split its first axis over these Auto mesh axes."""
+    token = _batch.set(axes)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
 def whole_features(x: Array) -> Array:
     """Keep the last axis of `x [..., features]` unsharded, in the gradient too.
 
     Otherwise the partitioner propagates the feature sharding of the weights into the residual
     stream and drops its batch sharding. On Explicit or Manual mesh axes this returns `x`.
     """
+    batch, axes = _batch.get(), axes_by_type()
+    if batch is None or axes.keys() != {AxisType.Auto}:
+        return _whole_features(x)
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in batch)
+    split = x.shape[0] % parts == 0
+    return jax.lax.with_sharding_constraint(x, PartitionSpec((batch if split else ()) or None))
+
+
+@jax.custom_vjp
+def _whole_features(x: Array) -> Array:
     if axes_by_type().keys() - {AxisType.Auto}:
         return x
     return run(_WholeFeatures(), x)[0]
 
 
-whole_features.defvjp(lambda x: (whole_features(x), None), lambda _, g: (whole_features(g),))
+_whole_features.defvjp(lambda x: (_whole_features(x), None), lambda _, g: (_whole_features(g),))
 
 
 @dataclasses.dataclass(frozen=True)

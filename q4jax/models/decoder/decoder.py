@@ -22,7 +22,9 @@ from q4jax.models.decoder.kv_cache import KVCache, States
 from q4jax.models.decoder.loss import HasLoss
 from q4jax.models.decoder.mixer_spec import Attention
 from q4jax.models.decoder.norm import DecoderNorm, broadcast_to_rank
+from q4jax.models.decoder.on_mesh import leaves_axes_to_compiler
 from q4jax.models.decoder.per_layer import add_per_layer, per_layer_inputs
+from q4jax.models.decoder.places import of_rows, of_states
 from q4jax.models.decoder.remat import policy_of
 from q4jax.models.decoder.scanned import (
     by_period,
@@ -116,6 +118,7 @@ class Llama(HasLoss, nnx.Module):
         assert isinstance(found, DecoderLayer)
         return found
 
+    @leaves_axes_to_compiler(of_rows)
     def __call__(
         self,
         input_ids: jax.Array,
@@ -160,6 +163,7 @@ class Llama(HasLoss, nnx.Module):
         )
         return self.logits(hidden)
 
+    @leaves_axes_to_compiler(of_rows)
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return logits `[..., vocab_size]` of hidden states `[..., hidden_size]`."""
         spec = self.config.decoder
@@ -173,6 +177,7 @@ class Llama(HasLoss, nnx.Module):
             y = jnp.tanh(y / cap) * cap
         return y
 
+    @leaves_axes_to_compiler(of_states)
     def hidden_states(
         self,
         input_ids: jax.Array,

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 
 from q4jax.models.decoder.head import head_of
+from q4jax.models.decoder.on_mesh import leaves_axes_to_compiler
+from q4jax.models.decoder.places import of_rows, of_scalar
 from q4jax.models.decoder.token_losses import BLOCK, losses
 
 
@@ -18,6 +20,7 @@ class HasLoss:
     hidden_states: Any  # methods of the model
     logits: Any
 
+    @leaves_axes_to_compiler(of_scalar)
     def loss(
         self,
         input_ids: jax.Array,
@@ -79,6 +82,7 @@ class HasLoss:
         total = jnp.sum(self.losses(hidden, targets, block))
         return total / jnp.maximum(jnp.sum(targets >= 0), 1).astype(jnp.float32)
 
+    @leaves_axes_to_compiler(of_rows)
     def losses(self, hidden: jax.Array, labels: jax.Array, block: int | None = None) -> jax.Array:
         """Return the loss of each label in nats, float32 `[B, T]`; see `cross_entropy`.
 

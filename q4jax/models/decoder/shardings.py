@@ -79,6 +79,8 @@ _REPLICATED = [
     "beta",
     "eps",
     "magnitude",
+    "count",  # of the random streams of dropout, as is the next
+    "key",
 ]
 # Path parts between a module and the arrays of a 4-bit weight or an adapted layer.
 _INNER = ("weight", "quant_state", "base")
@@ -105,14 +107,15 @@ class LlamaShardings:
     - Nothing is split over "data", nor along the axis of layers.
 
     Args:
-      mesh: a mesh with axes among "data", "fsdp", "tensor" and "expert", all of type `Auto`.
+      mesh: a mesh with axes among "data", "fsdp", "tensor" and "expert", all of type `Auto` or all
+        `Explicit`. Explicit ones are for TPUs: make and call the model under `jax.set_mesh(mesh)`.
       blocksize: block size of the 4-bit weights.
 
     Raises:
       TypeError: `mesh` is not a `jax.sharding.Mesh`.
       ValueError: the mesh has no axis, or one of another name. When called: the name is not that of
         a Llama's variable, or an axis does not divide the variable into equal parts of full blocks.
-      NotImplementedError: the mesh has explicit or manual axes.
+      NotImplementedError: the mesh has manual axes, or axes of several types.
 
     Examples:
       >>> import jax, numpy as np, q4jax
@@ -131,10 +134,11 @@ class LlamaShardings:
         names = self.mesh.axis_names
         if not names or not set(names) <= set(AXES):
             raise ValueError(f"mesh has the axes {names}; known axes are {AXES}")
-        if any(axis_type != AxisType.Auto for axis_type in self.mesh.axis_types):
+        types = self.mesh.axis_types
+        if types[0] == AxisType.Manual or len(set(types)) > 1:
             raise NotImplementedError(
-                f"mesh has axes of the types {self.mesh.axis_types}; models run on Auto ones: "
-                f"jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(names)})"
+                f"mesh has axes of the types {types}; models run on Auto ones, or on Explicit "
+                f"ones: jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * {len(names)})"
             )
 
     def __call__(self, name: str, array: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -226,6 +230,7 @@ class LlamaShardings:
         Returns:
           The same module.
         """
+        explicit = AxisType.Explicit in self.mesh.axis_types
         for path, variable in nnx.to_flat_state(nnx.state(tree, wrt)):
             array = variable.get_value()
             if array.ndim:
@@ -235,7 +240,8 @@ class LlamaShardings:
             if isinstance(array, jax.ShapeDtypeStruct):
                 moved = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
             elif isinstance(array, jax.core.Tracer):
-                moved = jax.lax.with_sharding_constraint(array, sharding)
+                move = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+                moved = move(array, sharding)
             else:
                 moved = jax.device_put(array, sharding)
             placed = variable.replace(moved)

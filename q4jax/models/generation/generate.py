@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from q4jax.models.decoder.decoder import Llama
 from q4jax.models.decoder.kv_cache import KVCache
+from q4jax.models.decoder.on_mesh import run_for_compiler
+from q4jax.models.decoder.places import of_cache
 from q4jax.models.generation.arguments import integer, random_key, token_ids
 from q4jax.models.generation.prompts import Prompts, bucket
 from q4jax.models.generation.sampling import Method, Sampling
+from q4jax.sharding.axes import MeshAxes
 
 # The array of stop tokens is padded to a multiple of this, so that few lengths are compiled.
 _STOP_SLOTS = 8
@@ -143,17 +147,20 @@ def _prefill(
     mask: jax.Array,
 ) -> _Run:
     """Run the prompts and append the first token, with room for `slots` tokens."""
-    model: Llama = nnx.merge(graphdef, state)
     batch, length = ids.shape
-    dtype = jax.eval_shape(model.embed_tokens, ids).dtype
-    start = _Run(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((batch, slots), choice.pad, jnp.int32),
-        last=ids[:, -1],
-        done=jnp.zeros(batch, bool),
-        cache=KVCache.empty(model.stacks, batch, length + slots, dtype),
-    )
-    return _extend(model, method, choice, start, ids, mask)
+
+    def first(model: Llama, ids: jax.Array, mask: jax.Array, choice: _Choice) -> _Run:
+        dtype = jax.eval_shape(model.embed_tokens, ids).dtype
+        start = _Run(
+            step=jnp.zeros((), jnp.int32),
+            tokens=jnp.full((batch, slots), choice.pad, jnp.int32),
+            last=ids[:, -1],
+            done=jnp.zeros(batch, bool),
+            cache=KVCache.empty(model.stacks, batch, length + slots, dtype),
+        )
+        return _extend(model, method, choice, start, ids, mask)
+
+    return run_for_compiler(nnx.merge(graphdef, state), first, _places_of_run, ids, mask, choice)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
@@ -161,12 +168,22 @@ def _decode(
     graphdef: Any, method: Method, state: Any, choice: _Choice, run: _Run, until: jax.Array
 ) -> _Run:
     """Append tokens until there are `until`, or every row has stopped."""
-    model: Llama = nnx.merge(graphdef, state)
-    return jax.lax.while_loop(
-        lambda run: (run.step < until) & ~jnp.all(run.done),
-        lambda run: _extend(model, method, choice, run, run.last[:, None], None),
-        run,
-    )
+
+    def rest(model: Llama, run: _Run, choice: _Choice, until: jax.Array) -> _Run:
+        return jax.lax.while_loop(
+            lambda run: (run.step < until) & ~jnp.all(run.done),
+            lambda run: _extend(model, method, choice, run, run.last[:, None], None),
+            run,
+        )
+
+    return run_for_compiler(nnx.merge(graphdef, state), rest, _places_of_run, run, choice, until)
+
+
+def _places_of_run(model: Llama, batch: MeshAxes, *_: Any) -> Any:
+    """Return a `_Run` with the PartitionSpecs of its arrays on Explicit mesh axes."""
+    rows: Any = PartitionSpec(batch or None)
+    whole: Any = PartitionSpec()
+    return _Run(whole, rows, rows, rows, of_cache(model, batch))
 
 
 def _extend(

@@ -69,7 +69,7 @@ def from_pretrained(
 
     Raises:
       NotImplementedError: the quantization method, the `model_type`, an entry of the config, or a
-        mesh with explicit or manual axes is not supported; the message names it.
+        mesh with manual axes, or of several types, is not supported; the message names it.
       TypeError: `mesh` is not a `jax.sharding.Mesh`.
       FileNotFoundError: a file is missing.
       ValueError: a tensor is missing, unexpected, malformed, of the wrong shape or dtype, or (when

@@ -257,11 +257,28 @@ def test_bad_meshes(folder):
     for other in ((8,), "fsdp", jax.devices(), abstract):
         with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got"):
             from_pretrained(folder, mesh=other)
-    explicit = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(
-        NotImplementedError, match=r"axis_types=\(jax.sharding.AxisType.Auto,\) \* 1"
-    ):
-        from_pretrained(folder, mesh=explicit)
+    both = (AxisType.Explicit, AxisType.Auto)
+    for types in (both, both[::-1], (AxisType.Manual,) * 2):
+        mixed = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=types)
+        with pytest.raises(
+            NotImplementedError, match=r"axis_types=\(jax.sharding.AxisType.Auto,\) \* 2"
+        ):
+            from_pretrained(folder, mesh=mixed)
+
+
+def test_explicit_axes(folder):
+    """One device of them: its program still has types with axes."""
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    settings = q4jax.QuantConfig(blocksize=32)
+    ids = np.arange(24).reshape(2, 12)
+    with jax.set_mesh(mesh):
+        model = from_pretrained(folder, settings, mesh=mesh)
+        found = model(jax.device_put(ids, LlamaShardings(mesh).batch))
+    wanted = np.asarray(from_pretrained(folder, settings)(ids))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_what_a_mapping_and_rules_refuse(folder):
     rules = LlamaShardings(mesh_of(fsdp=1))
     with pytest.raises(ValueError, match="mesh and sharding are both given"):
         from_pretrained(folder, mesh=rules.mesh, sharding=rules)

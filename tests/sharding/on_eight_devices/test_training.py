@@ -1,5 +1,7 @@
 """QLoRA on meshes: the losses of one device, untouched codes, and only bytes gathered."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import q4jax
 from q4jax.models import Llama, LlamaConfig, LlamaShardings
 from q4jax.nnx.variables import Frozen4bit
-from tests.support.meshes import mesh_of
+from tests.support.meshes import AUTO, EXPLICIT, mesh_of
 
 # Every axis of the meshes divides every width, also counted in blocks of 32. No part of the
 # vocabulary or of the 336 tokens is as many as a part of a width.
@@ -36,6 +38,7 @@ MESHES = [
     {"fsdp": 2, "tensor": 3},
     {"data": 2, "tensor": 4},
 ]
+CASES = [(AUTO, sizes) for sizes in MESHES] + [(EXPLICIT, MESHES[n]) for n in (2, 4)]
 TOKENS = np.random.default_rng(0).integers(0, 240, (2, 24, 15), np.int32)
 STEPS = 20
 
@@ -102,20 +105,20 @@ def alone():
     return losses, digest
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_losses_are_those_of_one_device(sizes, alone):
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=str)
+def test_losses_are_those_of_one_device(kind, sizes, alone):
     from collectives import collectives  # on pytest's path, and not on that of worker.py
 
     losses, digest = alone
-    mesh = mesh_of(**sizes)
-    model, optimizer = make(mesh)
+    mesh = mesh_of(kind, **sizes)
+    with jax.set_mesh(mesh) if kind == EXPLICIT else contextlib.nullcontext():
+        model, optimizer = make(mesh)
+        found, program = train(model, optimizer, mesh)
     assert q4jax.fingerprint(model) == digest, "quantized on the mesh, bit for bit"
     packed = model.layers.mlp.down_proj.base.weight.packed[...]
     split = int(np.prod([sizes.get(axis, 1) for axis in ("fsdp", "tensor")]))
     assert packed.addressable_shards[0].data.size * split == packed.size
-    found, program = train(model, optimizer, mesh)
     np.testing.assert_allclose(found, losses, rtol=0, atol=1e-4)
-    assert q4jax.fingerprint(model) == digest
     for variable in jax.tree.leaves(nnx.state(model, Frozen4bit)):
         assert variable.sharding.mesh == mesh, "still where it was"
 
