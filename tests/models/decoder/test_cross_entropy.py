@@ -59,6 +59,9 @@ def arrays():
     }
 
 
+CLOSE = 5e-6  # of float32 sums of some hundred terms, whose order depends on the processor
+
+
 def plain(logits, labels, scale=1.0, cap=None):
     y = logits.astype(jnp.float32) * scale
     y = y if cap is None else jnp.tanh(y / cap) * cap
@@ -76,7 +79,7 @@ def assert_close(ours, theirs, tolerance):
     ("block", "settings"),
     [(16, {}), (1, {"scale": 0.5, "cap": 3.0}), (4096, {"scale": 0.5, "cap": 3.0})],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", CLOSE), ("bfloat16", 1e-2)])
 def test_values_and_gradients(arrays, dtype, tolerance, block, settings):
     inputs = [arrays[name].astype(dtype) for name in "xwb"]
     labels = arrays["labels"]
@@ -102,8 +105,8 @@ def test_a_4_bit_head_has_a_gradient_to_hidden_states_only(arrays, blocksize):
     labels, g = arrays["labels"], arrays["g"]
     expected, pull = jax.vjp(lambda x: plain(x @ weight.dequantize().T, labels), arrays["x"])
     found, own = jax.vjp(lambda x: cross_entropy(x, weight, labels, block=16), arrays["x"])
-    assert_close(found, expected, 2e-6)
-    assert_close(own(g), pull(g), 2e-6)
+    assert_close(found, expected, CLOSE)
+    assert_close(own(g), pull(g), CLOSE)
 
 
 def test_a_confident_prediction_keeps_its_small_gradient(arrays):
@@ -126,7 +129,7 @@ def test_extreme_logits_are_finite(arrays):
     x = 1e4 * arrays["x"]
     labels = arrays["labels"]
     found, pull = jax.vjp(lambda x: cross_entropy(x, arrays["w"], labels), x)
-    assert_close(found, plain(x @ arrays["w"].T, labels), 2e-6)
+    assert_close(found, plain(x @ arrays["w"].T, labels), CLOSE)
     assert np.isfinite(pull(arrays["g"])[0]).all()
 
 
@@ -213,12 +216,12 @@ def test_the_heads_of_models(arrays, name):
         return nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(model, hidden)
 
     (expected, theirs), (found, own) = map(run, (theirs, ours))
-    assert_close(found, expected, 2e-6)
-    assert_close(own[1], theirs[1], 2e-6)
+    assert_close(found, expected, CLOSE)
+    assert_close(own[1], theirs[1], CLOSE)
     trained = [np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(theirs[0])]
     assert any(trained) == ("4-bit" not in name or "adapter" in name)
     for one, other in zip(*(jax.tree.leaves(d[0]) for d in (own, theirs)), strict=True):
-        assert np.abs(one - other).max() <= 2e-6 * np.abs(other).max()
+        assert np.abs(one - other).max() <= CLOSE * np.abs(other).max()
 
 
 def test_the_loss_of_a_model():
