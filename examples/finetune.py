@@ -22,7 +22,7 @@ from q4jax.finetune.placement import Placement
 SETTINGS: dict[str, Any] = {"steps": 40, "length": 128, "rank": 8, "learning_rate": 1e-3}
 SETTINGS |= {"prompt": "To be, or not to be", "check_restore": True}
 # The model is small: it takes more steps, at a higher rate, in little memory.
-OF_DEMO: dict[str, Any] = {"steps": 200, "batch": 8, "rank": 16, "learning_rate": 5e-3}
+OF_DEMO: dict[str, Any] = {"steps": 150, "batch": 8, "rank": 16, "learning_rate": 5e-3}
 OF_DEMO |= {"dense_baseline": True, "no_remat": True, "new_tokens": 96}
 OF_DEMO |= {"eval_length": 256, "eval_rows": 32, "eval_every": 50}
 

@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
-STEPS, ROWS, LENGTH, RATE = 300, 16, 128, 4e-3
+STEPS, ROWS, LENGTH, RATE = 220, 16, 128, 4e-3
 END = "<|endoftext|>"
 
 
