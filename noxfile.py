@@ -101,14 +101,15 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def native(session: nox.Session) -> None:
-    """The C++ kernels are in use; without them, everything that may rest on them passes."""
+    """The C++ kernels are in use; without them, a third of what may rest on them passes."""
     install(session, "-e", ".[test]")
     in_use = "import q4jax; s = q4jax.native.status(); print(s); assert s.isa == s.available[0]"
     session.run("python", "-c", in_use)
     areas = ("native", "contract", "golden", "ops", "nnx/test_linear", "linen/test_layers")
     folders = [str(path) for path in (ROOT / "tests").rglob("test_*.py")]
     chosen = [path for path in folders if any(area in path for area in areas)]
-    pytest(session, "-m", "not slow and not heavy", *sorted(chosen), Q4JAX_NATIVE="0")
+    sample = ("-m", "not slow and not heavy", "--share", "3")
+    pytest(session, *sample, *sorted(chosen), Q4JAX_NATIVE="0")
 
 
 @nox.session
@@ -130,9 +131,9 @@ def switches(session: nox.Session) -> None:
 
 @nox.session(python=find_python(*NEWEST))
 def newest(session: nox.Session) -> None:
-    """A third of the quick tests on the newest Python, with the newest jax; others in each run."""
+    """A fourth of the quick tests on the newest Python, with the newest jax; others in each run."""
     install(session, "-e", ".[test,examples]")
-    pytest(session, "-m", "not slow and not heavy", "--share", "3")
+    pytest(session, "-m", "not slow and not heavy", "--share", "4")
 
 
 @nox.session(python=find_python("3.13", "3.12"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "on_eight_devices"
-
+SHARES = {"test_explicit_models.py": 2}  # of which one test in so many runs, by the run's seed
 
 FILES = [
     pytest.param(path.name, marks=() if path.stem == "test_weights" else pytest.mark.heavy)
@@ -18,9 +18,10 @@ FILES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_on_eight_devices(file):
+def test_on_eight_devices(file, request):
     flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", FOLDER / file]
+    command += ["--seed", request.config.option.seed, "--share", SHARES.get(file, 1)]
     run = subprocess.run(
         [*map(str, command)],
         env=os.environ | {"XLA_FLAGS": flags, "Q4JAX_TEST_DEVICES": "8"},
