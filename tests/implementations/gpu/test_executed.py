@@ -19,6 +19,7 @@ from q4jax.core.spec import QuantSpec
 from q4jax.gpu import tiles
 from q4jax.ops import registry
 from tests.support import oracle
+from tests.support.executed_calls import ROUNDINGS, check_gradient, check_vmap
 from tests.support.gpu.aot import needs_aot
 from tests.support.implementations import variants
 from tests.support.kernel_checks import check, odd_input
@@ -33,7 +34,6 @@ pytestmark = needs_aot()
 # GPU -> its share of `--executed`. sm_89 and sm_120 have the instructions of sm_80, but for few.
 SHARES = {"sm_80": 1, "sm_90": 2 / 3, "sm_89": 1 / 6, "sm_120": 1 / 6, "sm_100": 1 / 6}
 PALLAS = registry.IMPLEMENTATIONS["pallas"]
-ROUNDINGS = 16  # of sums that are split over programs
 CASES = cases()
 
 
@@ -104,18 +104,7 @@ def test_sums_that_are_split(executor, case):
 @pytest.mark.parametrize("batched", ["x", "weight", "both"])
 def test_vmap(executor, batched):
     """One launch for all, with an axis more in its grid."""
-    one = random_weight((70, 320), 64, True)
-    many = [random_weight((70, 320), 64, True), one, random_weight((70, 320), 64, True)]
-    stack = jax.tree.map(lambda *a: jnp.stack(a), *many)
-    x = normal(1, 3, 5, 320)
-    axes = {"x": (0, None), "weight": (None, 0), "both": (0, 0)}[batched]
-    args = x if axes[0] == 0 else x[0], stack if axes[1] == 0 else one
-    matmul = functools.partial(q4jax.matmul_4bit, implementation="pallas")
-    y = executor(jax.vmap(matmul, axes), *args)
-    for i in range(3):
-        weight = decoded(many[i] if axes[1] == 0 else one)
-        assert_product(y[i], x[i] if axes[0] == 0 else x[0], weight, roundings=ROUNDINGS)
-    assert len(executor.launches) == 1
+    check_vmap(executor, "pallas", batched)
     assert np.prod(executor.launches[0].launch.grid) >= 3 * 2 or batched == "x"
 
 
@@ -159,19 +148,7 @@ def test_vmapped_quantize_and_dequantize(executor):
 
 
 def test_gradient(executor):
-    """The transposed product comes from differentiating the public call."""
-    weight, x, g = random_weight((70, 192)), normal(1, 5, 192), normal(2, 5, 70)
-
-    def both(x, g):
-        matmul = functools.partial(q4jax.matmul_4bit, implementation="pallas")
-        y, vjp = jax.vjp(lambda x: matmul(x, weight), x)
-        return y, *vjp(g)
-
-    y, dx = executor(both, x, g)
-    w = decoded(weight)
-    assert_product(y, x, w, roundings=ROUNDINGS)
-    assert_product(dx, g, w.T, roundings=ROUNDINGS)
-    assert {e.name for e in executor.launches} == {"q4jax_linear", "q4jax_linear_transpose"}
+    check_gradient(executor, "pallas")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,7 @@
 """The QLoRA step of a small Llama, compiled for one TPU and, the batch split, for several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,8 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import q4jax
-from q4jax.models import Llama, LlamaConfig
+from q4jax.models import LlamaConfig
+from tests.support.tpu.llama import qlora_model
 from tests.support.tpu.targets import MISSING, TOPOLOGIES, compiled, mesh_of
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -27,19 +29,12 @@ LENGTH = 128
 OPTIMIZER = optax.adamw(1e-4)
 
 
-def make():
-    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = Llama(CONFIG, rngs=nnx.Rngs(0), **dtypes)
-    model = q4jax.quantize_model(model, quant_type="nf4", blocksize=64)
-    model = q4jax.add_lora(model, 8, 16.0)
-    model.remat = True
-    return model
-
-
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("chips", [1, 4, 8])
 def test_a_step(chips, chip):
-    graph, adapters, rest = nnx.split(nnx.eval_shape(make), nnx.LoRAParam, ...)
+    graph, adapters, rest = nnx.split(
+        nnx.eval_shape(functools.partial(qlora_model, CONFIG)), nnx.LoRAParam, ...
+    )
     moments = jax.eval_shape(OPTIMIZER.init, adapters)
     mesh = mesh_of(chip, AxisType.Auto, data=chips)
 

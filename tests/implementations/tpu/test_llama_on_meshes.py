@@ -1,5 +1,7 @@
 """The QLoRA step of a small Llama whose weights are split over several TPUs, by Explicit axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,8 +10,8 @@ from collectives import collectives  # on the path by tests/conftest.py
 from flax import nnx
 from jax.sharding import AxisType
 
-import q4jax
-from q4jax.models import Llama, LlamaConfig, LlamaShardings
+from q4jax.models import LlamaConfig, LlamaShardings
+from tests.support.tpu.llama import qlora_model
 from tests.support.tpu.targets import MISSING, compiled, mesh_of
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -25,15 +27,6 @@ CONFIG = LlamaConfig(
 )
 ROWS, LENGTH = 24, 18
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-
-
-def make():
-    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = Llama(CONFIG, rngs=nnx.Rngs(0), **dtypes)
-    model = q4jax.quantize_model(model, quant_type="nf4", blocksize=64)
-    model = q4jax.add_lora(model, 8, 16.0)
-    model.remat = True
-    return model
 
 
 def step_of(graph):
@@ -57,7 +50,7 @@ def test_a_step_moves_codes_and_scales(chip, sizes):
     mesh = mesh_of(chip, AxisType.Explicit, **sizes)
     rules = LlamaShardings(mesh)
     with jax.set_mesh(mesh):
-        model = rules.place(nnx.eval_shape(make))
+        model = rules.place(nnx.eval_shape(functools.partial(qlora_model, CONFIG)))
         graph, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
         moments = jax.eval_shape(OPTIMIZER.init, adapters)
         tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=rules.batch)

@@ -5,34 +5,25 @@ of the matrix that are products.
 """
 
 import functools
-import importlib.util
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-import q4jax
 from q4jax.gpu import tiles
 from q4jax.ops import registry
-from q4jax.triton import requirements
+from tests.support.executed_calls import ROUNDINGS, check_gradient, check_vmap
+from tests.support.gpu.aot import compiles_triton
 from tests.support.kernel_checks import check
 from tests.support.kernel_matrix import Case, cases
-from tests.support.products import assert_product
 from tests.support.ptx.faults import Unknown
 from tests.support.ptx.global_memory import OverlappingResults
 from tests.support.ptx.launches import Executor
 from tests.support.ptx.machine import Machine
-from tests.support.random_arrays import decoded, normal, random_weight
 
-pytestmark = pytest.mark.skipif(
-    bool(requirements._missing()) or not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason=requirements._missing() or "needs the extra cuda",
-)
+pytestmark = compiles_triton()
 
 # GPU -> its share of `--executed`.
 SHARES = {"sm_80": 1 / 8, "sm_90": 1 / 12, "sm_89": 1 / 40}
 TRITON = registry.IMPLEMENTATIONS["triton"]
-ROUNDINGS = 16  # of sums that are split over programs
 CASES = [case for case in cases() if case.operation.startswith("linear")]
 
 
@@ -88,33 +79,11 @@ def test_sums_that_are_split(executor, case):
 @pytest.mark.parametrize("batched", ["x", "weight", "both"])
 def test_vmap(executor, batched):
     """One launch for all, with programs for each element of the batch."""
-    many = [random_weight((70, 320), 64, True) for _ in range(3)]
-    stack = jax.tree.map(lambda *a: jnp.stack(a), *many)
-    x = normal(1, 3, 5, 320)
-    axes = {"x": (0, None), "weight": (None, 0), "both": (0, 0)}[batched]
-    args = x if axes[0] == 0 else x[0], stack if axes[1] == 0 else many[0]
-    matmul = functools.partial(q4jax.matmul_4bit, implementation="triton")
-    y = executor(jax.vmap(matmul, axes), *args)
-    for i in range(3):
-        weight = decoded(many[i] if axes[1] == 0 else many[0])
-        assert_product(y[i], x[i] if axes[0] == 0 else x[0], weight, roundings=ROUNDINGS)
-    assert len(executor.launches) == 1
+    check_vmap(executor, "triton", batched)
 
 
 def test_gradient(executor):
-    """The transposed product comes from differentiating the public call."""
-    weight, x, g = random_weight((70, 192)), normal(1, 5, 192), normal(2, 5, 70)
-
-    def both(x, g):
-        matmul = functools.partial(q4jax.matmul_4bit, implementation="triton")
-        y, vjp = jax.vjp(lambda x: matmul(x, weight), x)
-        return y, *vjp(g)
-
-    y, dx = executor(both, x, g)
-    w = decoded(weight)
-    assert_product(y, x, w, roundings=ROUNDINGS)
-    assert_product(dx, g, w.T, roundings=ROUNDINGS)
-    assert {e.name for e in executor.launches} == {"q4jax_linear", "q4jax_linear_transpose"}
+    check_gradient(executor, "triton")
 
 
 def test_what_is_not_executed_for_sm_100():

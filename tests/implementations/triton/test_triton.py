@@ -1,7 +1,6 @@
 """The Triton kernels: interpreted against the reference, and compiled without a GPU."""
 
 import concurrent.futures
-import importlib.util
 import multiprocessing
 import subprocess
 import sys
@@ -16,12 +15,10 @@ import q4jax
 from q4jax.ops.registry import IMPLEMENTATIONS
 from q4jax.triton import requirements as backend
 from q4jax.triton.constants import KernelConstants
+from tests.support.gpu.aot import compiles_triton
 
 works = pytest.mark.skipif(bool(backend._missing()), reason=f"it {backend._missing()}")
-compiles = pytest.mark.skipif(
-    bool(backend._missing()) or not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason=backend._missing() or "needs the extra cuda",
-)
+compiles = compiles_triton()
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 

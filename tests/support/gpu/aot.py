@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from q4jax.triton import requirements
+
 ROOT = pathlib.Path(__file__).parents[3]
 
 
@@ -17,6 +19,15 @@ def needs_aot(*others):
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     reason = f"needs the extra aot; not installed: {missing}"
     return [pytest.mark.heavy, pytest.mark.skipif(bool(missing), reason=reason)]
+
+
+def compiles_triton():
+    """The mark of tests for which jax-triton compiles kernels."""
+    missing = requirements._missing()
+    return pytest.mark.skipif(
+        bool(missing) or not importlib.util.find_spec("jax_cuda13_plugin"),
+        reason=missing or "needs the extra cuda",
+    )
 
 
 def run_compiler(module, *arguments):
