@@ -32,8 +32,8 @@ if __name__ == "__main__" and (platforms := os.environ.get("JAX_PLATFORMS")):
 import jax
 import jax.numpy as jnp
 from gpubench import check, device, measure
-from gpubench.bench import Budget
-from gpubench.clock import ROUNDS, Clock, Job, compile_all, one_line
+from gpubench.bench import Bench, Budget
+from gpubench.clock import ROUNDS, Clock, Job, one_line
 
 LOUD = "DRY RUN on CPU with simulated kernels: the figures mean nothing"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -58,25 +58,39 @@ def main(argv):
         print("no TPU is visible to jax; --dry-run goes through the motions on CPU",
               file=sys.stderr)  # fmt: skip
         return 2
-    budget = Budget(args.budget)
+    means = make_bench(args)
     results = {"about": about(), "dry_run": args.dry_run, "command": " ".join(argv)}
     if args.dry_run:
         print(LOUD, flush=True)
     print(json.dumps(results["about"]), flush=True)
     results["checks"] = checks(args)
-    results["rows"], results["dropped"], failures = times(args, budget, results["checks"])
+    results["rows"], results["dropped"], failures = times(args, means, results["checks"])
     results["failures"] = failures + [
         {"case": f"{name}: {failure['case']}", "reason": failure["reason"]}
         for name, found in results["checks"].items()
         for failure in found["failures"]
     ]
-    results["seconds"] = round(budget.elapsed(), 1)
+    results["seconds"] = round(means.budget.elapsed(), 1)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tpu.json").write_text(json.dumps(results, indent=1) + "\n")
     text = report(results)
     (args.out / "tpu.md").write_text(text)
     print(text)
     return 1 if results["failures"] else 0
+
+
+def make_bench(args):
+    """What the measurements share; small in a dry run."""
+    return Bench(
+        kernels=forms(args.dry_run)[-1],
+        shapes=((64, 128),) if args.dry_run else SHAPES,
+        weights=measure.Weights(0 if args.dry_run else CACHE_BYTES),
+        clock=Clock(rounds=2 if args.dry_run else ROUNDS),
+        budget=Budget(args.budget),
+        threads=args.threads,
+        run_us=1 if args.dry_run else RUN_US,
+        most_calls=2 if args.dry_run else MOST_CALLS,
+    )
 
 
 def about():
@@ -100,38 +114,34 @@ def checks(args):
     cases = check.dry_cases() if args.dry_run else check.all_cases()
     found = {}
     for name in forms(args.dry_run):
-        found[name] = one = check.run(name, cases, args.threads, refusals=True)
-        refused = f", {len(one['refused'])} refused" if one["refused"] else ""
-        print(f"{name}: {one['run']} checks, {len(one['failures'])} failed{refused}", flush=True)
-        for failure in one["failures"]:
-            print(f"  FAILED {failure['case']}: {failure['reason']}", flush=True)
+        found[name] = check.run(name, cases, args.threads, refusals=True)
+        print(check.summary(name, found[name]), flush=True)
     return found
 
 
-def times(args, budget, checked):
+def times(args, means, checked):
     """(rows of the table, what the budget dropped, failures)."""
-    shapes, ms = (((64, 128),), (2,)) if args.dry_run else (SHAPES, MS)
-    weights = measure.Weights(0 if args.dry_run else CACHE_BYTES)
-    clock = Clock(rounds=2 if args.dry_run else ROUNDS)
+    ms = (2,) if args.dry_run else MS
     rows, dropped, failures = [], [], []
-    for n, k in shapes:
+    for n, k in means.shapes:
         for m in ms:
             for operation in OPERATIONS:
                 name = f"{operation} [{n}, {k}] M={m}"
-                if budget.spent():
+                if means.budget.spent():
                     dropped.append(name)
                     continue
-                found, errors = row(operation, n, k, m, weights, checked, clock, args)
+                found, errors = row(operation, n, k, m, means, checked)
                 failures += [{"case": f"{name}: {who}", "reason": e} for who, e in errors.items()]
                 rows.append({"operation": operation, "n": n, "k": k, "m": m, "us": found})
                 print(f"{name}: {json.dumps(found)}", flush=True)
-        weights = measure.Weights(weights.cache_bytes)  # those of the shape before are let go
+        # Those of the shape before are let go.
+        means.weights = measure.Weights(means.weights.cache_bytes)
     return rows, dropped, failures
 
 
-def row(operation, n, k, m, weights, checked, clock, args):
+def row(operation, n, k, m, means, checked):
     """({candidate: microseconds}, {candidate: why it has none})."""
-    packed, dense = weights.get(n, k)
+    packed, dense = means.weights.get(n, k)
     transposed = operation == "linear_transpose"
     x = jax.random.normal(jax.random.key(m), (m, n if transposed else k), measure.DTYPE)
     spec = packed[0].quant_state.spec
@@ -144,10 +154,8 @@ def row(operation, n, k, m, weights, checked, clock, args):
             run = measure.operation(operation, name, spec)
             jobs.append(Job(name, run, x, packed, estimate))
     jobs += qwix_jobs(x, dense, transposed, estimate)
-    for job in jobs:
-        job.plan(*((1, 2) if args.dry_run else (RUN_US, MOST_CALLS)))
-    compile_all(jobs, args.threads)
-    results = {job.key: job.first_result() for job in jobs if job.error is None}
+    ready = means.ready([job for job in jobs if job.error is None])
+    results = {job.key: job.first_result() for job in ready}
     for name in checked:
         if name in results and results[name] is not None and results[DENSE] is not None:
             off = measure.disagreement(results[name], results[DENSE])
@@ -155,7 +163,7 @@ def row(operation, n, k, m, weights, checked, clock, args):
                 [job] = [job for job in jobs if job.key == name]
                 job.error = f"differs from the dense product by {off:.2g} of its norm"
     alive = [job for job in jobs if job.error is None]
-    found = zip((job.key for job in alive), clock.microseconds(alive), strict=True)
+    found = zip((job.key for job in alive), means.clock.microseconds(alive), strict=True)
     errors = {job.key: job.error for job in jobs if job.error is not None}
     return {name: round(us, 2) for name, us in found}, errors
 

@@ -139,6 +139,14 @@ def run(implementation, cases, threads, tile=None, refusals=False):
     return report
 
 
+def summary(implementation, report):
+    """What `run` found, in a line and one more for each failure."""
+    refused = f", {len(report['refused'])} refused" if report["refused"] else ""
+    failures = report["failures"]
+    lines = [f"{implementation}: {report['run']} checks, {len(failures)} failed{refused}"]
+    return "\n".join(lines + [f"  FAILED {f['case']}: {f['reason']}" for f in failures])
+
+
 def _prepare(case, implementation, tile):
     """(what runs the case on the device, or the error that it raises; what is expected)."""
     args, expected = _expected(case)

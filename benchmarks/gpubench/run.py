@@ -96,10 +96,7 @@ def step_check(args, means, results):
         results["checks"][name] = found = check.run(
             name, mine, means.threads, refusals=name == "triton"
         )
-        seconds = means.budget.elapsed()
-        print(f"{name}: {found['run']} checks, {len(found['failures'])} failed, {seconds:.0f} s")
-        for failure in found["failures"]:
-            print(f"  FAILED {failure['case']}: {failure['reason']}", flush=True)
+        print(f"{check.summary(name, found)}\nafter {means.budget.elapsed():.0f} s", flush=True)
         results["failures"] += [
             {"case": f"{name}: {f['case']}", "reason": f["reason"]} for f in found["failures"]
         ]
