@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import time
 import zlib
 
 import jax
@@ -15,6 +16,8 @@ pytest.register_assert_rewrite("tests.support")
 if not pathlib.Path("/dev/nvidiactl").exists():
     # So that jax's CUDA plugin, where it is installed, compiles for GPUs that are not here.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+START = pytest.StashKey[float]()
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")
@@ -46,6 +49,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--share", type=int, default=1, help="run one test of so many, others with each --seed"
     )
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="start no test later than that; --seed says the order of the files",
+    )
 
 
 def pytest_configure(config):
@@ -62,7 +71,7 @@ def pytest_configure_node(node):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep a share of the tests, the same in all workers."""
+    """Keep a share of the tests, and shuffle their files: in all workers alike."""
     seed, share = config.option.seed, config.option.share
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
@@ -71,6 +80,21 @@ def pytest_collection_modifyitems(config, items):
         (others if part else kept).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
+    if config.option.minutes < float("inf"):  # so that each run reaches other files
+        items.sort(key=lambda item: zlib.crc32(f"{seed} {item.path.name}".encode()))
+
+
+def pytest_sessionstart(session):
+    session.config.stash[START] = time.monotonic()
+
+
+def minutes_left(config):
+    return config.option.minutes - (time.monotonic() - config.stash[START]) / 60
+
+
+def pytest_runtest_setup(item):
+    if minutes_left(item.config) < 0:
+        pytest.skip(f"not reached in {item.config.option.minutes:g} minutes")
 
 
 def pytest_report_header(config):
@@ -82,6 +106,17 @@ def forget_programs():
     """Compiled programs would add up to several GB over the whole suite."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def sampling(request):
+    """Return the options with which a test in a process of its own has this run's sample."""
+    return [
+        "--seed",
+        str(request.config.option.seed),
+        "--minutes",
+        str(minutes_left(request.config)),
+    ]
 
 
 @pytest.fixture

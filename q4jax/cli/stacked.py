@@ -217,7 +217,8 @@ def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entries(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     leaves = flatten(node) if isinstance(node, dict) else {"": node}
-    lead = _lead(list(leaves.values()))
+    all_have_one_name = not path and len(node) == 1
+    lead = () if all_have_one_name else _lead(list(leaves.values()))
     if lead:
         for at in np.ndindex(*lead):
             for name, leaf in leaves.items():

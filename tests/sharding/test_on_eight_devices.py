@@ -18,10 +18,10 @@ FILES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_on_eight_devices(file, request):
+def test_on_eight_devices(file, sampling):
     flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", FOLDER / file]
-    command += ["--seed", request.config.option.seed, "--share", SHARES.get(file, 1)]
+    command += [*sampling, "--share", SHARES.get(file, 1)]
     run = subprocess.run(
         [*map(str, command)],
         env=os.environ | {"XLA_FLAGS": flags, "Q4JAX_TEST_DEVICES": "8"},

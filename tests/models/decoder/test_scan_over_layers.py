@@ -1,11 +1,9 @@
 """Programs do not grow with depth: layers are scanned."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -56,16 +54,3 @@ def test_the_program_does_not_grow_with_depth(programs):
     assert deep == shallow
     counts = {layers: instructions(program.compile()) for layers, program in lowered.items()}
     assert counts[DEEP] <= 1.05 * counts[SHALLOW]
-
-
-@pytest.mark.slow
-def test_compiling_takes_no_longer(programs):
-    """Compare CPU seconds, the minimum of several runs."""
-    seconds = {SHALLOW: [], DEEP: []}
-    for _ in range(3):
-        for layers, (step, shapes) in programs.items():
-            fresh = jax.jit(lambda *args, step=step: step(*args))
-            start = time.process_time()
-            fresh.lower(*shapes).compile()
-            seconds[layers].append(time.process_time() - start)
-    assert np.min(seconds[DEEP]) <= 1.3 * np.min(seconds[SHALLOW]), seconds
