@@ -23,6 +23,7 @@ from q4jax.lora.inject import add_lora
 from q4jax.lora.merge import merge_lora
 from q4jax.models.decoder.config import LlamaConfig
 from q4jax.models.decoder.decoder import Llama
+from q4jax.models.decoder.stacks import kinds_of_stacks
 from q4jax.models.pretrained.save import save_pretrained
 from q4jax.nnx.convert import quantize_model
 from q4jax.ops.params import Params4bit
@@ -30,6 +31,7 @@ from q4jax.ops.params import Params4bit
 _EMBEDDING = "embed_tokens.embedding"  # of every model here; of a 4-bit one: _EMBEDDING_4BIT
 _EMBEDDING_4BIT = "embed_tokens.weight"
 _ADAPTER = ".lora_a"
+_STACK = re.compile(r"layers\.from_(\d+)\.")
 _SHARD = 5_000_000_000  # bytes of a file of a Hugging Face directory
 
 
@@ -45,6 +47,7 @@ class Found:
       ranks: of the adapters, by path in the model.
       dropout: whether adapters have dropout.
       dora: whether adapters have magnitudes.
+      kinds: for each layer, which share a stack; None: all.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Found:
     ranks: dict[str, int]
     dropout: bool
     dora: bool
+    kinds: list[int] | None
 
 
 def run_of(path: Path) -> Path | None:
@@ -93,7 +97,14 @@ def find_model(path: Path, tree: Mapping[str, Any]) -> Found | None:
     }
     dora = any(name.endswith(".magnitude") for name in inside)
     dropout = any(".dropout." in name for name in inside)
-    return Found(path, prefix, np.dtype(dtype), specs, ranks, dropout, dora)
+    kinds = kinds_of_stacks(
+        {
+            int(found[1]): jax.tree.leaves(leaf)[0].shape[0]
+            for name, leaf in inside.items()
+            if (found := _STACK.match(name))
+        }
+    )
+    return Found(path, prefix, np.dtype(dtype), specs, ranks, dropout, dora, kinds or None)
 
 
 def as_model(
@@ -127,7 +138,7 @@ def as_model(
     dtypes: dict[str, Any] = {"dtype": found.dtype, "param_dtype": found.dtype}
 
     def fresh() -> Any:
-        model: Any = Llama(wanted, rngs=nnx.Rngs(0), **dtypes)
+        model: Any = Llama(wanted, kinds=found.kinds, rngs=nnx.Rngs(0), **dtypes)
         if found.specs:
             model = quantize_model(model, [_rule(path, s) for path, s in found.specs.items()])
         if found.ranks:

@@ -11,7 +11,7 @@ from flax import nnx
 import q4jax
 from q4jax import checkpoint
 from q4jax.interop import bitsandbytes
-from q4jax.models import Llama, LlamaConfig, save_pretrained
+from q4jax.models import Llama, LlamaConfig, from_pretrained, save_pretrained
 
 CONFIG = LlamaConfig(64, 64, 64, 2, 2, 2, 32)
 
@@ -70,6 +70,19 @@ def test_a_model_becomes_what_save_pretrained_writes(run, request, tmp_path, con
     assert not list(tmp_path.glob(".convert-*"))
 
 
+def test_layers_that_are_quantized_differently(run, dense, tmp_path, config):
+    """They have stacks of their own, as the names in a checkpoint tell."""
+    save_pretrained(dense, tmp_path / "dense")
+    skip = ("lm_head", "model.layers.1.mlp")
+    mixed = from_pretrained(tmp_path / "dense", q4jax.QuantConfig(skip=skip))
+    checkpoint.save(tmp_path / "c", mixed)
+    convert = ["convert", tmp_path / "c", tmp_path / "hf", "--to", "huggingface"]
+    code, _, err = run(*convert, "--config", config)
+    assert code == 0, err
+    save_pretrained(mixed, tmp_path / "expected")
+    assert written(tmp_path / "hf") == written(tmp_path / "expected")
+
+
 @pytest.mark.slow
 def test_adapters_are_merged(run, adapted, tmp_path, config):
     """The scale is in no checkpoint; the rest of a training state is left out."""
@@ -109,3 +122,10 @@ def test_without_a_config_each_layer_is_an_entry(run, quantized, tmp_path):
         scale = found[f"net.layers.{at}.input_layernorm.scale"]
         np.testing.assert_array_equal(scale, quantized.layers.input_layernorm.scale[...][at])
     np.testing.assert_array_equal(found["net.norm.scale"], quantized.norm.scale[...])
+
+
+def test_a_stack_alone_keeps_its_name(run, quantized, tmp_path):
+    checkpoint.save(tmp_path / "c", {"net": {"up": quantized.layers.mlp.up_proj}})
+    code, _, err = run("convert", tmp_path / "c", tmp_path / "one", "--to", "bitsandbytes")
+    assert code == 0, err
+    assert set(bitsandbytes.load_file(tmp_path / "one")) == {"net.0.up.weight", "net.1.up.weight"}

@@ -5,7 +5,7 @@ A model whose layers are all alike has one group of one stack.
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from q4jax.models.decoder.spec import Layer
@@ -63,6 +63,34 @@ def group_layers(
     if len(groups) == 1 and len(groups[0]) == 1:
         return ((dataclasses.replace(groups[0][0], name="layers"),),)
     return tuple(groups)
+
+
+def kinds_of_stacks(sizes: Mapping[int, int]) -> list[int] | None:
+    """Return kinds for which `group_layers` makes the stacks of these sizes; None: nothing does.
+
+    Args:
+      sizes: the number of layers of each stack, by the number of its first layer.
+
+    Examples:
+      >>> kinds_of_stacks({0: 4, 2: 2, 6: 3})
+      [0, 0, 2, 0, 0, 2, 6, 6, 6]
+    """
+    kinds: list[int] = []
+    starts = sorted(sizes)
+    while starts:
+        end = len(kinds)
+        group: list[int] = []
+        # The stacks of a group begin in its first period, and the next group where they all end.
+        while starts and (not group or starts[0] < end):
+            group.append(starts.pop(0))
+            end += sizes[group[-1]]
+        repeats = 1 if len(group) == 1 else sizes[group[0]] // (group[1] - group[0])
+        runs = [(start, sizes[start] // max(repeats, 1)) for start in group]
+        kinds += [start for _ in range(repeats) for start, run in runs for _ in range(run)]
+        if len(kinds) != end:
+            return None
+    found = {start: number for number, start in reversed(list(enumerate(kinds)))}
+    return kinds if found == {start: start for start in sizes} else None
 
 
 def _best_period(keys: list[Any]) -> tuple[int, int]:
