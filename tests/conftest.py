@@ -1,5 +1,6 @@
 """Options and fixtures that all tests share."""
 
+import math
 import os
 import pathlib
 import time
@@ -17,7 +18,7 @@ if not pathlib.Path("/dev/nvidiactl").exists():
     # So that jax's CUDA plugin, where it is installed, compiles for GPUs that are not here.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-START = pytest.StashKey[float]()
+NOT_REACHED = "not reached in the time of this run"
 
 settings.register_profile("q4jax", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.load_profile("q4jax")
@@ -50,10 +51,10 @@ def pytest_addoption(parser):
         "--share", type=int, default=1, help="run one test of so many, others with each --seed"
     )
     parser.addoption(
-        "--minutes",
+        "--until",
         type=float,
-        default=float("inf"),
-        help="start no test later than that; --seed says the order of the files",
+        default=math.inf,
+        help="start no test after this time, in seconds since the epoch; --seed orders the files",
     )
 
 
@@ -80,21 +81,20 @@ def pytest_collection_modifyitems(config, items):
         (others if part else kept).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
-    if config.option.minutes < float("inf"):  # so that each run reaches other files
+    if config.option.until < math.inf:  # so that each run reaches other files
         items.sort(key=lambda item: zlib.crc32(f"{seed} {item.path.name}".encode()))
 
 
-def pytest_sessionstart(session):
-    session.config.stash[START] = time.monotonic()
-
-
-def minutes_left(config):
-    return config.option.minutes - (time.monotonic() - config.stash[START]) / 60
-
-
 def pytest_runtest_setup(item):
-    if minutes_left(item.config) < 0:
-        pytest.skip(f"not reached in {item.config.option.minutes:g} minutes")
+    if time.time() > item.config.option.until:
+        pytest.skip(NOT_REACHED)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.getreports("skipped")
+    count = sum(NOT_REACHED in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests: {NOT_REACHED}")
 
 
 def pytest_report_header(config):
@@ -108,15 +108,19 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def few_optimizations():
+    from tests.support.optimizations import optimizations  # after register_assert_rewrite
+
+    with optimizations(few=True):
+        yield
+
+
 @pytest.fixture
 def sampling(request):
     """Return the options with which a test in a process of its own has this run's sample."""
-    return [
-        "--seed",
-        str(request.config.option.seed),
-        "--minutes",
-        str(minutes_left(request.config)),
-    ]
+    option = request.config.option
+    return ["--seed", str(option.seed), "--until", str(option.until)]
 
 
 @pytest.fixture

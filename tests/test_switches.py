@@ -23,10 +23,17 @@ SWITCHES = {
 }
 
 
-@pytest.fixture(params=SWITCHES.values(), ids=SWITCHES.keys(), autouse=True)
-def switch(request):
-    with request.param():
+@pytest.fixture(autouse=True)
+def switch(request, few_optimizations):
+    with SWITCHES[request.param]():
         yield
+
+
+def pytest_generate_tests(metafunc):
+    """Run each test under each switch."""
+    slow = {"no_jit"} if metafunc.function in WITHOUT_JIT_SLOW else set()
+    names = [pytest.param(n, marks=[pytest.mark.heavy] * (n in slow)) for n in SWITCHES]
+    metafunc.parametrize("switch", names, indirect=True)
 
 
 def normal(*shape, dtype=np.float32):
@@ -130,3 +137,6 @@ def test_positions_of_a_small_dtype():
     assert all(map(np.array_equal, rotation(jnp.asarray(positions, jnp.int8), rope), expected))
     logits = [model(ids, jnp.asarray(positions, d)) for d in (jnp.int8, jnp.int32)]
     np.testing.assert_array_equal(*logits)
+
+
+WITHOUT_JIT_SLOW = (test_llama_and_generate, test_positions_of_a_small_dtype)

@@ -46,7 +46,7 @@ def test_errors_are_those_of_the_formats():
             assert abs(errors[f"{scheme}+dq"] / errors[scheme] - 1) < 0.004, record
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_benchmark_on_a_tiny_model(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")

@@ -62,6 +62,7 @@ def test_the_parts_are_those_of_arrays_and_of_the_compiled_step():
     assert memory.output_size_in_bytes < 1.1 * (nbytes(adapters) + moments)
 
 
+@pytest.mark.heavy
 def test_a_longer_context_takes_more_and_the_weights_stay():
     short, long = (
         estimate(ENTRIES, Settings(model=None, length=length, batch=1)) for length in (64, 256)

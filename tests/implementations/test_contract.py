@@ -62,14 +62,29 @@ def test_size_of_the_matrix():
     assert {case.operation for case in CASES} == operations
 
 
+def times(values, quick):
+    """Parameters `variant` and another; the core tier has `quick` ones of what compiles slowly."""
+    return [
+        pytest.param(
+            *variant.values,
+            value,
+            id=f"{getattr(value, 'name', value)}-{variant.id}",
+            marks=[*variant.marks, *[pytest.mark.heavy] * (number >= quick)]
+            if variant.id.startswith(("pallas", "xla_for_tpu"))
+            else variant.marks,
+        )
+        for variant in params()
+        for number, value in enumerate(values)
+    ]
+
+
 def pytest_generate_tests(metafunc):
     count = metafunc.config.getoption("--kernel-calls")
-    for name, chosen in {"case": CASES[:32], "more_case": CASES[32:count]}.items():
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, chosen, ids=lambda case: case.name)
+    if "more_case" in metafunc.fixturenames:
+        metafunc.parametrize("more_case", CASES[32:count], ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("variant", params())
+@pytest.mark.parametrize(("variant", "case"), times(CASES[:32], quick=12))
 def test_matrix(variant, case):
     check(case, functools.partial(call, variant), roundings(variant))
 
@@ -143,10 +158,9 @@ def test_double_quantization_as_the_reference(variant, size):
             assert oracle.same_bits(found, reference)
 
 
-@pytest.mark.parametrize("variant", params())
+@pytest.mark.parametrize(("variant", "blocksize"), times([32, 512], quick=1))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("blocksize", [32, 512])
 def test_the_weight_bit_for_bit(variant, blocksize, quant_type, dtype):
     """Read out by one-hot rows, a few and many at a time, in both products."""
     n, k = 5, 3 * blocksize

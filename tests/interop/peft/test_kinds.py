@@ -130,7 +130,7 @@ def test_ranks_and_alphas_of_layers_are_kept(llama, tmp_path):
     same(peft.load_adapters(llama, tmp_path / "b")(IDS), found(IDS))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_experts_are_parameters(tmp_path):
     experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=64)
     config = LlamaConfig(**SIZES, model_type="mixtral", experts=experts)

@@ -16,6 +16,12 @@ from tests.support.random_weights import CASES, logits_of
 # Softmax of products without a scale, and recurrences, let rounding grow.
 LIMITS = dict.fromkeys(("gemma4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 3e-5)
 
+# Among them are all kinds of caches.
+IN_CORE = (
+    *("llama", "mistral", "gemma3", "gemma4_text", "gpt_oss", "deepseek_v3", "qwen3_next"),
+    *("mamba2", "bloom", "llama4_text"),
+)
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_of_transformers(case, loaded, forward, relative):
@@ -24,8 +30,13 @@ def test_logits_of_transformers(case, loaded, forward, relative):
     assert relative(logits_of(model, vectors, forward), expected) <= LIMITS.get(case, 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in IN_CORE else pytest.mark.heavy)
+        for case in CASES
+    ],
+)
 def test_greedy_tokens_of_transformers(case, loaded):
     _, model, vectors = loaded(case)
     new = vectors["tokens"].shape[1] - vectors["input_ids"].shape[1]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from q4jax.models import Llama, LlamaConfig, from_state_dict
 from q4jax.models.decoder.kv_cache import KVCache
+from tests.support.optimizations import optimizations
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llama_tiny_bnb4"
 
@@ -156,10 +157,11 @@ def test_remat_changes_memory_and_not_gradients(config, input_ids, relative):
     assert all(relative(a, b) < 1e-5 for a, b in pairs)
 
     ids = jnp.tile(input_ids, (4, 5))
-    plain_bytes, remat_bytes = (
-        gradients.lower(m, ids).compile().memory_analysis().temp_size_in_bytes
-        for m in (plain, remat)
-    )
+    with optimizations(few=False):
+        plain_bytes, remat_bytes = (
+            gradients.lower(m, ids).compile().memory_analysis().temp_size_in_bytes
+            for m in (plain, remat)
+        )
     assert remat_bytes < plain_bytes
 
 

@@ -77,7 +77,14 @@ def test_the_program_of_a_repeating_pattern_does_not_grow():
     assert lines[32] == lines[8] <= 1.3 * lines[4]
 
 
-@pytest.mark.parametrize("pattern", [(SLIDING,), (SLIDING, FULL), (FULL, SLIDING, SLIDING) * 2])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        (SLIDING,),
+        (SLIDING, FULL),
+        pytest.param((FULL, SLIDING, SLIDING) * 2, marks=pytest.mark.heavy),
+    ],
+)
 def test_a_window_keeps_its_tokens_only(pattern, relative):
     """Whatever the padding and the sizes of the steps, tokens see what they see without a cache."""
     config = windowed(len(pattern), pattern)
@@ -99,6 +106,7 @@ def test_a_window_keeps_its_tokens_only(pattern, relative):
     assert relative(jnp.concatenate(found, axis=1)[mask], expected[mask]) < 1e-5
 
 
+@pytest.mark.heavy
 def test_generation_with_windows_is_that_of_whole_texts():
     model = Llama(windowed(4, (SLIDING, FULL)), rngs=nnx.Rngs(1))
     prompts = [[5, 9, 2, 44, 7, 3, 8, 1, 17], [3, 1]]
