@@ -31,6 +31,30 @@ def test_a_loop_of_another_length_in_each_thread():
     np.testing.assert_array_equal(go(body, 64, 2), i * (i + 1) // 2)
 
 
+def test_barriers_by_their_numbers():
+    """Threads exchange values by way of shared memory, with any barrier for all of them."""
+    body = """
+    mov.b64 %d3, dynamic; mul.wide.u32 %d4, %t, 4; add.s64 %d4, %d3, %d4; st.shared.b32 [%d4], %t;
+    mov.b32 %r2, 3; {}
+    xor.b32 %r3, %t, 33; mul.wide.u32 %d4, %r3, 4; add.s64 %d4, %d3, %d4; ld.shared.b32 %r1, [%d4];
+    """
+    for barrier in ("bar.sync 1;", "bar.sync %r2, 64;", "bar.sync 15, 64;"):
+        found = go(body.format(barrier), 64, shared=256)
+        np.testing.assert_array_equal(found, np.arange(64) ^ 33)
+    with pytest.raises(Unknown, match="a barrier of a part of the block"):
+        go(body.format("bar.sync 1, 32;"), 64, shared=256)
+    for barrier in ("bar.sync 16;", "bar.sync %t;"):
+        with pytest.raises(Unknown, match="different barriers, or more than 16"):
+            go(body.format(barrier), 64, shared=256)
+    with pytest.raises(Fault, match="no barrier between"):
+        go(body.format(""), 64, shared=256)
+
+
+def test_a_label_in_two_scopes():
+    with pytest.raises(Unknown, match="the label again again"):
+        go("mov.b32 %r1, 0; { again: } { again: }")
+
+
 def test_branches_in_branches():
     body = """
     and.b32 %r2, %t, 1; setp.eq.b32 %p1, %r2, 0; setp.gt.u32 %p2, %t, 9;
@@ -170,10 +194,10 @@ def test_what_is_unknown_need_not_be_reached():
 # conversions of integers and branches here and in test_values.py, barriers in test_races.py.
 FORMS = {
     "ld": 112,
-    "st": 72,
+    "st": 108,
     "mov": 11,
     "cvt": 88,
-    "cp": 7,
+    "cp": 17,
     "shfl": 4,
     "redux": 9,
     "vote": 3,
@@ -181,12 +205,16 @@ FORMS = {
     "stmatrix": 6,
     "mma": 4,
     "wgmma": 131,
-    "fence": 2,
+    "fence": 3,
     "bra": 2,
     "ret": 1,
     "exit": 1,
-    "bar": 1,
-    "barrier": 1,
+    "bar": 2,
+    "barrier": 2,
+    "mbarrier": 5,
+    "prefetch": 1,
+    "elect": 1,
+    "movmatrix": 1,
     "griddepcontrol": 2,
 }
 

@@ -14,6 +14,7 @@ from tests.support.ptx.scalar_types import bits_of
 
 LOADS = sorted(opcode for opcode, _ in TABLE if opcode.startswith(("ld.global", "ld.shared")))
 STORES = [opcode.replace("ld", "st", 1) for opcode in LOADS if ".ca" not in opcode]
+STORES += [opcode.replace(".global", "") for opcode in STORES if ".global" in opcode]
 PARAMETERS = {"ld.param.b32", "ld.param.b64", "ld.param.u64", "ld.param::entry.b64"}
 SHARED = "mov.b64 %d0, dynamic; mul.wide.u32 %d1, %t, 16; add.s64 %d0, %d0, %d1;\n"  # 16 bytes each
 GLOBAL = "mul.wide.u32 %d1, %i, 16; add.s64 %d2, %a0, %d1; add.s64 %d3, %a1, %d1;\n"
@@ -87,6 +88,12 @@ def test_stores(opcode):
     registers = data.view("u8" if bits_of(kind) == 64 else "u4")[:, :length]
     expected = np.ascontiguousarray(registers.astype(f"u{bits_of(kind) // 8}")).view(np.uint8)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_store_that_names_no_space():
+    """Shared memory has other addresses there, which this machine does not know."""
+    with pytest.raises(Unknown, match="another space"):
+        run(SHARED + "mov.b32 %r1, 0; st.b32 [%d0], %r1;\n", shared=512)
 
 
 COPY = SHARED + GLOBAL + "cp.async.{how}.shared.global [%d0], [%d2], {size}{choice};\n"

@@ -106,7 +106,7 @@ def test_a_barrier_of_one_block():
 
 
 @pytest.mark.parametrize(
-    "text", ["bar.sync 1;", "bar.sync 0, 32;", "bar.arrive 0, 32;", "bar.warp.sync -1;"]
+    "text", ["bar.sync 16;", "bar.sync 0, 32;", "bar.arrive 0, 32;", "bar.warp.sync -1;"]
 )
 def test_other_barriers_are_unknown(text):
     with pytest.raises(Unknown):

@@ -79,6 +79,36 @@ def test_votes(some):
         )
 
 
+def test_election():
+    """One thread of each warp; all are told which."""
+    body = "elect.sync %r1|%p1, -1; selp.b32 %r2, 1, 0, %p1; mul.wide.u32 %d1, %i, 4;\n"
+    body += "add.s64 %d2, %a0, %d1; st.global.b32 [%d2], %r1;\n"
+    body += "add.s64 %d3, %a1, %d1; st.global.b32 [%d3], %r2;\n"
+    leader, chosen = run(body, [], [((64,), "u4"), ((64,), "u4")], threads=64)
+    for warp in (slice(0, 32), slice(32, 64)):
+        assert np.flatnonzero(chosen[warp]).tolist() == [leader[warp][0]]
+        assert len(set(leader[warp])) == 1
+
+
+def test_transposed_matrices():
+    """Lane i has row i // 4, columns 2 (i % 4) and the next, of a matrix and of the result."""
+    matrices = np.random.default_rng(0).integers(0, 2**16, (2, 8, 8), np.uint16)
+
+    def words(matrices):
+        halves = [
+            (int(m[i // 4, i % 4 * 2]), int(m[i // 4, i % 4 * 2 + 1]))
+            for m in matrices
+            for i in range(32)
+        ]
+        return np.array([low | high << 16 for low, high in halves], np.uint32)
+
+    expected = np.empty_like(matrices)
+    for matrix, row, column in np.ndindex(matrices.shape):
+        expected[matrix, column, row] = matrices[matrix, row, column]
+    found = apply("movmatrix.sync.aligned.m8n8.trans.b16", "b32", ["b32"], words(matrices))
+    np.testing.assert_array_equal(found, words(expected))
+
+
 def test_a_part_of_a_warp():
     with pytest.raises(Fault, match="an instruction of a warp without some of its 32 threads"):
         run("setp.lt.u32 %p1, %t, 7; @%p1 shfl.sync.idx.b32 %r1, %t, 0, 31, -1;")

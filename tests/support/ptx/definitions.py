@@ -100,6 +100,7 @@ def on_integers(name: str, kind: str):
         "mul.wide": operator.mul,
         "mul.hi": lambda a, b: a * b >> width,
         "mad.lo": lambda a, b, c: a * b + c,
+        "mad.hi": lambda a, b, c: (a * b >> width) + c,
         "mad.wide": lambda a, b, c: a * b + c,
         "min": min,
         "max": max,
@@ -121,6 +122,7 @@ def on_integers(name: str, kind: str):
         "prmt": prmt,
         "selp": lambda a, b, c: a if c else b,
         "cvta.to.global": lambda address: address,
+        "cvta.param": lambda address: address,
     }
     word, _, rest = name.partition(".")
     if word != "setp":

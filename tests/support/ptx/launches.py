@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tests.support.gpu import mosaic_calls
 from tests.support.gpu.targets import compile_for, mesh_of
 from tests.support.gpu.triton_calls import calls
 from tests.support.ptx.faults import Unknown
@@ -145,6 +146,12 @@ def _compile_triton(gpu: str, equation: Any) -> tuple[str, Launch]:
     return call.ptx, call.launch
 
 
+def _compile_mosaic(gpu: str, equation: Any) -> tuple[str, Launch]:
+    """The same for a kernel of Mosaic GPU."""
+    kernel, shapes = _alone(equation)
+    return mosaic_calls.compile_kernel(gpu, kernel, *shapes)
+
+
 def _alone(equation: Any) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     """A function of the equation alone, and the shapes of its arguments."""
 
@@ -155,4 +162,8 @@ def _alone(equation: Any) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct
 
 
 # Primitive -> what compiles it.
-_COMPILERS = {"pallas_call": compile_launch, "triton_kernel_call": _compile_triton}
+_COMPILERS = {
+    "pallas_call": compile_launch,
+    "mpmd_map": _compile_mosaic,
+    "triton_kernel_call": _compile_triton,
+}

@@ -14,6 +14,7 @@ from tests.support.ptx.registers import Registers
 from tests.support.ptx.scalar_types import TYPES, UNSIGNED, bits_of
 from tests.support.ptx.shared_memory import BASE as SHARED_BASE
 from tests.support.ptx.shared_memory import SharedMemory
+from tests.support.ptx.tensor_maps import Barrier, TensorMap, TensorMaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Launch:
       shared_bytes: of a block's dynamic shared memory.
       scalars: the values of those parameters that are no arrays, by their numbers.
       alignment: bytes that arrays are aligned to, where the text promises fewer.
+      tensor_maps: those parameters that hold maps, by their numbers.
+      arrays: the parameters' arrays where there are others too, by their numbers.
     """
 
     grid: tuple[int, int, int]
@@ -33,6 +36,8 @@ class Launch:
     shared_bytes: int
     scalars: Mapping[int, int] = dataclasses.field(default_factory=dict)
     alignment: int = 1
+    tensor_maps: Mapping[int, tuple[TensorMap, ...]] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[int, int] | None = None
 
 
 _SINK = Symbol("_")
@@ -60,7 +65,14 @@ class Machine:
             raise Unknown(f"{launch.threads} threads for a kernel of {kernel.threads}")
         names = list(kernel.parameters)
         scalars = {names[number]: value for number, value in launch.scalars.items()}
-        arrays = [name for name in names if name not in scalars]
+        maps = {names[number]: value for number, value in launch.tensor_maps.items()}
+        self.tensor_maps = TensorMaps(maps)
+        arrays = [name for name in names if name not in scalars and name not in maps]
+        if launch.arrays is not None:
+            named = {number: names[parameter] for parameter, number in launch.arrays.items()}
+            if sorted(named.values()) != sorted(arrays):
+                raise Unknown(f"the parameters {arrays} as {named}")
+            arrays = [named.get(i) for i in range(len(operands) + len(results))]
         if len(arrays) != len(operands) + len(results):
             raise Unknown(f"{len(names)} parameters, {len(scalars)} of them scalars")
         self.kernel = kernel
@@ -71,7 +83,9 @@ class Machine:
         self.everyone = np.arange(self.count)
         self.registers = Registers(self.count)
         constants = list(kernel.constants.values())
-        alignments = [max(kernel.parameters[name], launch.alignment) for name in arrays]
+        self.constants = len(constants)
+        self.barriers: dict[int, Barrier] = {}
+        alignments = [max(kernel.parameters.get(name, 1), launch.alignment) for name in arrays]
         self.memory = self.global_memory(
             [*constants, *operands], results, [128] * len(constants) + alignments
         )
@@ -82,7 +96,7 @@ class Machine:
                 strict=True,
             )
         )
-        self.addresses |= scalars
+        self.addresses |= scalars | self.tensor_maps.addresses
         self.addresses |= {n: SHARED_BASE + at for n, at in kernel.shared.items()}
         self.shared = self.shared_memory(
             blocks, launch.threads, kernel.static_shared + launch.shared_bytes, _grain(kernel)

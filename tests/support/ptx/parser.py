@@ -98,9 +98,9 @@ _ENTRY = re.compile(
     r"\.visible\s+\.entry\s+([\w$]+)\s*\((.*?)\)((?:\s*\.\w+[^\n{]*)*)\s*\{(.*)\}", re.S
 )
 _PARAMETER = re.compile(
-    r"\.param\s+\.(?:u64|u32)\s+(?:\.ptr\s+(?:\.global\s+)?\.align\s+(\d+)\s+)?([\w$]+)"
+    r"\.param\s+(?:\.(?:u64|u32)\s+(?:\.ptr\s+(?:\.global\s+)?)?)?(?:\.align\s+(\d+)\s+)?(?:\.b8\s+)?([\w$]+)"
 )
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
+_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)(?:\[(\d*)\])?\s*;")
 _CONSTANT = re.compile(
     r"\.global\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\](?:\s*=\s*\{([^}]*)\})?"
 )
@@ -156,6 +156,8 @@ class _Body:
             at = piece.end()
             label, opens, closes, statement = piece.groups()
             if label:
+                if label in self.kernel.labels:
+                    raise Unknown(f"the label {label} again")
                 self.kernel.labels[label] = len(self.kernel.code)
             elif opens:
                 self.opened += 1
@@ -166,6 +168,8 @@ class _Body:
                 self._statement(" ".join(statement.split()))
 
     def _statement(self, text: str) -> None:
+        if text.startswith(".shared"):
+            return  # read with the module
         if text.startswith(".reg"):
             self._declare(text)
         elif not text.startswith(".pragma "):
@@ -203,6 +207,13 @@ class _Body:
         if text[0] == "{":
             return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
         if text[0] == "[":
+            if "," in text:  # an address with coordinates
+                return Vector(
+                    tuple(
+                        self._operand(part if part[0] == "{" else f"[{part}]")
+                        for part in _split(text[1:-1])
+                    )
+                )
             base, _, offset = text[1:-1].replace(" ", "").partition("+")
             return Address(self._operand(base), int(offset or "0", 0))
         if "|" in text:

@@ -79,6 +79,13 @@ class SharedMemory:
         self._write(where, threads)
         self.state[where] = _WRITTEN
 
+    def land(self, offsets, size):
+        """The bytes of a copy that all threads of a block have waited for; none is their writer."""
+        where = self._grains(offsets, size)
+        self.last_write[where] = 0
+        self.state[where] = _WRITTEN
+        self.unfenced[where] = False
+
     def read(self, offsets, size, threads):
         """Check and note a read of `size` bytes at each offset."""
         where = self._grains(offsets, size)

@@ -9,6 +9,7 @@ from tests.support.ptx.instructions import (  # noqa: F401  (they fill the table
     logic,
     mma,
     moves,
+    tensor_copies,
     warp,
     wgmma,
 )

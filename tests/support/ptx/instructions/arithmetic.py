@@ -54,6 +54,11 @@ def _multiply_add_wide(wide):
     return lambda a, b, c: np.asarray(a).astype(wide) * np.asarray(b).astype(wide) + c
 
 
+def _high_and_add(wide):
+    high = _high(wide)
+    return lambda a, b, c: high(a, b) + c
+
+
 for kind in ("s16", "u16", "s32", "u32", "s64", "u64"):
     two = f"{kind} = {kind} {kind}"
     define(f"add.{kind}", two, np.add)
@@ -72,6 +77,7 @@ define("add.u16x2", "u32 = u32 u32", _add_halves)
 for kind, wide in _WIDE.items():
     dtype = TYPES[wide]
     define(f"mul.hi.{kind}", f"{kind} = {kind} {kind}", _high(dtype))
+    define(f"mad.hi.{kind}", f"{kind} = {kind} {kind} {kind}", _high_and_add(dtype))
     define(f"mul.wide.{kind}", f"{wide} = {kind} {kind}", _multiply_wide(dtype))
     define(f"mad.wide.{kind}", f"{wide} = {kind} {kind} {wide}", _multiply_add_wide(dtype))
 

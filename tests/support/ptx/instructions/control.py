@@ -19,11 +19,17 @@ def end(machine):
     return Jump(None)
 
 
-@executes("bar.sync", "barrier.sync.aligned", counts=(1,))
-def barrier(machine, number):
-    """Wait for all threads of the block."""
-    if immediate(number, "a barrier") != 0:
-        raise Unknown("a barrier other than the first")
+@executes("bar.sync", "barrier.sync.aligned", counts=(1, 2))
+def barrier(machine, number, threads=None):
+    """Wait for all threads of the block.
+
+    Of its barriers any will do, since none is ever waited for by a part of the threads.
+    """
+    numbers = machine.each(number, "u32")[machine.lanes]
+    if (numbers != numbers[0]).any() or numbers[0] > 15:
+        raise Unknown("different barriers, or more than 16")
+    if threads is not None and immediate(threads, "a number") != machine.block_size:
+        raise Unknown("a barrier of a part of the block")
     machine.whole(machine.block_size, "a barrier")
     machine.shared.barrier(machine.lanes[:: machine.block_size] // machine.block_size)
 

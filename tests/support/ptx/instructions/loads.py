@@ -3,7 +3,8 @@
 import numpy as np
 
 from tests.support.ptx.faults import Unknown
-from tests.support.ptx.instructions.table import executes
+from tests.support.ptx.global_memory import BASE as GLOBAL_BASE
+from tests.support.ptx.instructions.table import TABLE, executes
 from tests.support.ptx.parser import Vector
 from tests.support.ptx.scalar_types import TYPES, UNSIGNED, bits_of
 
@@ -55,8 +56,21 @@ def _define(space, suffix, kind):
             machine.memory.store(addresses, data, lanes)
 
 
+def _define_generic(suffix, kind):
+    to_global = TABLE[f"st.global{suffix}.{kind}", 2].run
+
+    @executes(f"st{suffix}.{kind}", counts=(2,))
+    def store(machine, target, source):
+        """A store that names no space, to an address of global memory."""
+        if (machine.address(target, machine.lanes) < GLOBAL_BASE).any():
+            raise Unknown("a store to another space than global memory, which it does not name")
+        to_global(machine, target, source)
+
+
 for space in ("global", "shared"):
     for suffix, length in LENGTHS.items():
         for kind in KINDS:
             if length * bits_of(kind) <= 128:
                 _define(space, suffix, kind)
+                if space == "global":
+                    _define_generic(suffix, kind)

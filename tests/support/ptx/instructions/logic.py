@@ -66,8 +66,18 @@ def _field(a, start, length):
     return np.where(length == 0, 0, field << up >> up).astype(a.dtype)
 
 
+def _wide_field(a, start, length):
+    """The same of 64 bits without a sign."""
+    start, length = (np.asarray(by & 255).astype(np.uint64) for by in (start, length))
+    one, most = np.uint64(1), np.uint64(63)
+    moved = np.where(start > most, np.uint64(0), a >> np.minimum(start, most))
+    mask = np.where(length > most, ~np.uint64(0), (one << np.minimum(length, most)) - one)
+    return moved & mask
+
+
 for kind in ("u32", "s32"):
     define(f"bfe.{kind}", f"{kind} = {kind} u32 u32", _field)
+define("bfe.u64", "u64 = u64 u32 u32", _wide_field)
 
 
 def permute(a, b, selector):

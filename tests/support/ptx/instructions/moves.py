@@ -35,7 +35,8 @@ def _define_move(kind):
 for kind in ("pred", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64"):
     _define_move(kind)
 
-define("cvta.to.global.u64", "u64 = u64", lambda address: address)
+for to in ("to.global", "param"):
+    define(f"cvta.{to}.u64", "u64 = u64", lambda address: address)
 
 
 def _load_parameter(dtype):

@@ -41,6 +41,25 @@ def _define_shuffle(mode):
 for mode in ("bfly", "idx", "up", "down"):
     _define_shuffle(mode)
 
+
+@executes("movmatrix.sync.aligned.m8n8.trans.b16", counts=(2,))
+def transpose(machine, target, value):
+    """Transpose an [8, 8] matrix of 16 bits, of which lane i has row i // 4, columns 2 (i % 4)."""
+    machine.whole(32, "an instruction of a warp")
+    words = np.ascontiguousarray(machine.each(value, "b32")).view(np.uint16)
+    moved = words.reshape(-1, 8, 8).swapaxes(1, 2)
+    machine.put(target, np.ascontiguousarray(moved).reshape(-1).view(np.uint32))
+
+
+@executes("elect.sync", counts=(2,))
+def elect(machine, target, members):
+    """Choose one thread of each warp, and tell all which: here the first."""
+    _all_lanes(machine, members)
+    leader, chosen = target.parts
+    machine.put(leader, np.zeros(machine.count, np.uint32))
+    machine.put(chosen, machine.everyone % 32 == 0)
+
+
 _REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum}
 _BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
