@@ -100,6 +100,8 @@ _INSTRUCTIONS: dict[str, Callable[..., Array]] = {
     "cvt.rn.f16x2.f32": _convert_two(jnp.float16),
     "and.b32": lambda a, b: a & b,
     "mul.hi.u32": _multiply_high,
+    "mad.hi.u32": lambda a, b, c: _multiply_high(a, b) + c,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": _permute,
     "lop3.b32": _logic,
 }

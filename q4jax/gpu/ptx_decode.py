@@ -61,7 +61,20 @@ def table_word_asm(quant_type: str, dtype: DTypeLike, part: int, word: int) -> s
     return text + f"{convert} p, b, a; {convert} q, d, c; prmt.b32 $0, p, q, {pick}; }}"
 
 
-def pair_asm(byte: int) -> str:
+# A code's three bits select, its fourth chooses between two lookups: `s` and `m`.
+_SELECTORS = (
+    "and.b32 s, $1, 0x77777777; mul.hi.u32 m, $1, 0x80000000; "
+    "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA; "
+)
+# The same by one instruction of the ALU and two of the multipliers. The factor halves a number
+# whose lowest bits are 0, as 0x80000000 does, of which the assembler would make a shift.
+_SELECTORS_BY_MULTIPLYING = (
+    "and.b32 m, $1, 0x88888888; mad.lo.u32 s, m, 0xFFFFFFFF, $1; "
+    "mad.hi.u32 m, m, 0x80000001, 0x32103210; "
+)
+
+
+def pair_asm(byte: int, *, spare_alu: bool = False) -> str:
     """PTX: eight codes (`$1`) and a table (`$2` to `$9`) -> entries of one byte's two codes.
 
     The result (`$0`) has the entry of the byte's high nibble, the earlier weight, in its low half:
@@ -69,11 +82,10 @@ def pair_asm(byte: int) -> str:
 
     Args:
       byte: 0 to 3, which byte of the word.
+      spare_alu: with an eighth of an ALU instruction less a weight, and more on the multipliers.
     """
-    text = (
-        "{ .reg .b32 s, m, p, q, l, h; and.b32 s, $1, 0x77777777; mul.hi.u32 m, $1, 0x80000000; "
-        "lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA; "
-    )
+    text = "{ .reg .b32 s, m, p, q, l, h; "
+    text += _SELECTORS_BY_MULTIPLYING if spare_alu else _SELECTORS
     if byte >= 2:
         text += "mul.hi.u32 s, s, 0x10000; mul.hi.u32 m, m, 0x10000; "
     for plane, (a, b, c, d) in {"l": (2, 3, 4, 5), "h": (6, 7, 8, 9)}.items():

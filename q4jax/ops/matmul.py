@@ -49,7 +49,8 @@ def matmul_4bit(
       state: their state.
       bias: float `[out]`, or None.
       implementation: None (best for the platform), "xla", "pallas", "pallas_interpret",
-        "pallas_tpu_interpret", "triton" or "native". A named one that cannot serve the call raises.
+        "pallas_tpu_interpret", "mosaic_gpu", "triton" or "native". A named one that cannot serve
+        the call raises.
 
     Returns:
       `[..., out]` in x's dtype.

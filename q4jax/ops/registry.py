@@ -14,6 +14,7 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.native.implementation import Native
 from q4jax.pallas.implementation import Pallas
+from q4jax.pallas.mosaic_gpu.implementation import MosaicGPU
 from q4jax.pallas.tpu.implementation import PallasTPU
 from q4jax.triton.implementation import Triton
 from q4jax.xla.implementation import XLA
@@ -72,6 +73,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Pallas(),
         Pallas(interpret=True),
         PallasTPU(interpret=True),
+        MosaicGPU(),
         Triton(),
         Native(),
     )

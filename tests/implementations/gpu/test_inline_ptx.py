@@ -90,7 +90,8 @@ def test_tables(quant_type, dtype):
         np.testing.assert_array_equal(np.asarray(meaning)[finite].view(np.uint32), expected[finite])
 
 
-def test_all_256_bytes_at_every_place():
+@pytest.mark.parametrize("spare_alu", [False, True])
+def test_all_256_bytes_at_every_place(spare_alu):
     """An exhaustive lookup: every byte, as each byte of a word, beside changing neighbours."""
     entries = np.random.default_rng(0).permutation(2**16)[:16].astype(np.uint16)
     split = entries.view(np.uint8).reshape(16, 2).T  # low bytes, high bytes
@@ -100,7 +101,9 @@ def test_all_256_bytes_at_every_place():
         codes = np.stack([np.roll(every, 37 * (i - place)) for i in range(4)], -1)
         codes = np.ascontiguousarray(codes).view(np.int32)[:, 0]
         table = [np.full(256, w) for w in words]
-        found = run(decode.pair_asm(place), [codes, *table], "int32").view(np.uint32)
+        found = run(decode.pair_asm(place, spare_alu=spare_alu), [codes, *table], "int32").view(
+            np.uint32
+        )
         np.testing.assert_array_equal(found & 0xFFFF, entries[every >> 4])
         np.testing.assert_array_equal(found >> 16, entries[every & 15])
         meaning = decode.pair(place, jnp.asarray(codes), *map(jnp.asarray, table))

@@ -48,7 +48,7 @@ def kernels(compiled: Any) -> dict[str, Kernel]:
     """The kernels of a compiled jax program, by name."""
     found: dict[str, Kernel] = {}
     for cubin in _cubins(compiled):
-        found |= _disassemble(cubin)
+        found |= of_file(cubin)
     return found
 
 
@@ -142,7 +142,8 @@ def loops(compiled: Any) -> dict[str, list[str]]:
     }
 
 
-def _disassemble(cubin: bytes) -> dict[str, Kernel]:
+def of_file(cubin: bytes) -> dict[str, Kernel]:
+    """The kernels of a cubin, by name."""
     resources = {
         m[1]: {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", m[2])}
         for m in re.finditer(r"Function (\w+):\n\s*(.*)", _read(cubin, "-res-usage"))

@@ -56,10 +56,17 @@ def compile_for(mesh: jax.sharding.Mesh, function: Any, *args: Any, **options: A
       *args: shapes and dtypes, or pytrees of them.
       **options: XLA's, for the compiler.
     """
+    lowered = lower_for(mesh, function, *args)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_read_from_disk():
+        return lowered.compile(options)
+
+
+def lower_for(mesh: jax.sharding.Mesh, function: Any, *args: Any) -> Any:
+    """The program before XLA compiles it."""
     sharding = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_read_from_disk():
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile(options)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,127 @@
+"""The loop of the kernels: copies of later tiles arrive while a tile is decoded and multiplied."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_STAGES = 3
+_SHARED_BYTES = 113 * 1024  # of a program, so that a multiprocessor runs two
+_PROGRAMS = 528  # 4 a multiprocessor
+_LEAST_STEPS = 4  # of a program, where a sum is split
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array that programs read by tiles.
+
+    Attributes:
+      array: [rows, columns]. What a tile has outside of it is 0.
+      tile: the rows and columns of a tile.
+      transforms: how a tile lies in shared memory.
+      place: (step, row, column) -> where a tile starts in the array; row and column are those of
+        the program's tile of the result, in tiles, and steps are counted over all splits.
+    """
+
+    array: Array
+    tile: tuple[int, int]
+    transforms: tuple[Any, ...]
+    place: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+    @property
+    def bytes(self) -> int:
+        """Of a tile."""
+        return self.tile[0] * self.tile[1] * self.array.dtype.itemsize
+
+
+def share(tiles: int, steps: int) -> tuple[int, int]:
+    """Split sums where there are few tiles of the result: (steps of a split, splits)."""
+    splits = max(1, min(_PROGRAMS // tiles, steps // _LEAST_STEPS))
+    each = -(-steps // splits)
+    return each, -(-steps // each)
+
+
+def launch(
+    name: str,
+    operands: Sequence[Operand],
+    multiply: Callable[..., None],
+    *,
+    tile: tuple[int, int],
+    tiles: tuple[int, int],
+    steps: int,
+    splits: int,
+) -> Array:
+    """Sum over steps: float32 [rows, columns] of whole tiles, the splits added in one order.
+
+    Args:
+      name: of the kernel; a prefix is added.
+      operands: what it reads.
+      multiply: `multiply(total, *tiles)` adds the product of a step to the accumulator `total`.
+      tile: rows and columns of a tile of the result.
+      tiles: how many there are each way.
+      steps: of a split.
+      splits: programs that share a sum.
+    """
+    stages = min(_STAGES, steps, _SHARED_BYTES // sum(operand.bytes for operand in operands))
+
+    def body(*refs: Any) -> None:
+        sources = refs[: len(operands)]
+        result, *buffers, arrived = refs[len(operands) :]
+        split, row, column = (lax.axis_index(axis) for axis in ("split", "row", "column"))
+
+        def copy(step: Any, slot: Any) -> None:
+            for operand, source, buffer in zip(operands, sources, buffers, strict=True):
+                starts = operand.place(split * steps + step, row, column)
+                where = tuple(map(pl.ds, starts, operand.tile))
+                plgpu.copy_gmem_to_smem(source.at[where], buffer.at[slot], arrived.at[slot])
+
+        def accumulate(total: Any) -> Array:
+            def run(step: Any, slot: Any) -> Any:
+                plgpu.barrier_wait(arrived.at[slot])
+                multiply(total, *(buffer.at[slot] for buffer in buffers))
+                plgpu.wgmma_wait(0)
+                # Every thread has read its codes, and the tensor core the rest.
+                plgpu.commit_smem()
+
+                @pl.when(step + stages < steps)
+                def later() -> None:
+                    copy(step + stages, slot)
+
+                return jnp.where(slot == stages - 1, 0, slot + 1)
+
+            lax.fori_loop(0, steps, run, jnp.int32(0))
+            return total[...]
+
+        for step in range(stages):
+            copy(step, step)
+        total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(tile, jnp.float32))
+        result[split, pl.ds(row * tile[0], tile[0]), pl.ds(column * tile[1], tile[1])] = total
+
+    buffers = (
+        plgpu.SMEM((stages, *o.tile), o.array.dtype, transforms=o.transforms) for o in operands
+    )
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(
+            (splits, tile[0] * tiles[0], tile[1] * tiles[1]), jnp.float32
+        ),
+        scratch_types=(
+            *buffers,
+            plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+        ),
+        grid=(splits, *tiles),
+        grid_names=("split", "row", "column"),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Threads meet in `commit_smem`. Pallas would add barriers for reads and writes of
+            # shared memory by the program itself, of which there are none.
+            unsafe_no_auto_barriers=True,
+        ),
+        kernel_name=f"q4jax_{name}",
+    )
+    return kernel(*(operand.array for operand in operands)).sum(0)

@@ -1,0 +1,152 @@
+"""The kernels of "mosaic_gpu" for Hopper, compiled and executed as PTX. Needs the extra `aot`."""
+
+import functools
+import itertools
+import random
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import q4jax
+from q4jax.ops import registry
+from tests.support.gpu.aot import needs_aot
+from tests.support.gpu.ptxas import assemble
+from tests.support.kernel_checks import check
+from tests.support.kernel_matrix import Case
+from tests.support.products import assert_product
+from tests.support.ptx.counters import CountingMachine
+from tests.support.ptx.launches import Executor
+from tests.support.random_arrays import decoded, normal, random_weight
+
+pytestmark = needs_aot("triton")
+
+MOSAIC = registry.IMPLEMENTATIONS["mosaic_gpu"]
+ROUNDINGS = 16  # of sums that are split over programs
+SHARE = 1 / 24  # of `--executed`
+BLOCKSIZES = (32, 64, 128, 256, 1024, 4096)
+# Rows of x below and at a tile, and two tiles; rows of W below, above and at one.
+SIZES = [(1, 72), (7, 8), (16, 64), (20, 200), (33, 64), (64, 136), (65, 72), (130, 64)]
+
+
+def cases():
+    """In an order in which any first part is a fair sample."""
+    found = []
+    settings = itertools.product(("bfloat16", "float16"), ("nf4", "fp4"), BLOCKSIZES, (False, True))
+    for (dtype, quant_type, blocksize, nested), (m, n) in itertools.product(settings, SIZES):
+        for operation, least in (("linear", 128), ("linear_transpose", 256)):
+            k = max(blocksize, least) * (3 if blocksize < 1024 else 1)
+            bias = operation == "linear" and m % 2 == 0
+            found.append(Case(operation, dtype, quant_type, blocksize, nested, n, k, m, bias))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        chosen = cases()[: round(metafunc.config.getoption("--executed") * SHARE)]
+        metafunc.parametrize("case", chosen, ids=[case.name for case in chosen])
+
+
+def call(executor, op, *operands, **static):
+    """An op of the implementation."""
+    return executor(functools.partial(getattr(MOSAIC, op), **static), *operands)
+
+
+def test_matrix(case):
+    executor = Executor("sm_90")
+    check(case, functools.partial(call, executor), ROUNDINGS)
+    [launch] = executor.launches
+    assert launch.name == f"q4jax_{case.operation}"
+    assert ".target sm_90a" in launch.ptx
+
+
+# K or N that is long enough to be split, with a last share that is shorter.
+SPLIT = [
+    Case("linear", "bfloat16", "nf4", 64, True, 72, 256 * 9, m=3, bias=True),
+    Case("linear_transpose", "float16", "fp4", 32, True, 64 * 8 + 8, 512, m=3),
+]
+
+
+@pytest.mark.parametrize("split", SPLIT, ids=lambda case: case.name)
+def test_sums_that_are_split(split):
+    executor = Executor("sm_90")
+    check(split, functools.partial(call, executor), ROUNDINGS)
+    [launch] = executor.launches
+    assert launch.results[0].shape[0] == 2
+
+
+def test_gradient():
+    """Of a public call, mapped over x and the weight: one launch each way."""
+    executor = Executor("sm_90")
+    many = [random_weight((72, 256), 64, True, dtype="bfloat16") for _ in range(2)]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *many)
+    x, g = normal(1, 2, 5, 256, dtype="bfloat16"), normal(2, 2, 5, 72, dtype="bfloat16")
+    matmul = functools.partial(q4jax.matmul_4bit, implementation="mosaic_gpu")
+
+    def both(x, g, weight):
+        y, vjp = jax.vjp(lambda x: jax.vmap(matmul)(x, weight), x)
+        return y, *vjp(g)
+
+    y, dx = executor(both, x, g, stack)
+    for i, weight in enumerate(many):
+        w = decoded(weight)
+        assert_product(y[i], x[i], w, roundings=ROUNDINGS)
+        assert_product(dx[i], g[i], w.T, roundings=ROUNDINGS)
+    assert [e.name for e in executor.launches] == ["q4jax_linear", "q4jax_linear_transpose"]
+
+
+def test_scales_that_are_not_finite():
+    """They reach the rows of their blocks and nothing else."""
+    weight = random_weight((64, 256), 64, False, dtype="bfloat16")
+    absmax = np.array(weight.quant_state.absmax)
+    absmax[0, 0], absmax[1, 1] = np.nan, np.inf
+    arrays, spec = weight.arrays._replace(absmax=jnp.asarray(absmax)), weight.quant_state.spec
+    x = normal(1, 8, 256, dtype="bfloat16")
+    y = np.array(call(Executor("sm_90"), "linear", x, arrays, None, spec=spec))
+    assert not np.isfinite(y[:, :2].astype(np.float32)).any()
+    assert_product(y[:, 2:], x, decoded(weight)[2:], roundings=ROUNDINGS)
+
+
+# Operation and M -> registers; wavefronts of shared memory, ALU instructions and issue slots a
+# weight; rows and columns of W a step. docs/gpu.md has them.
+LIMITS = {
+    ("linear", 1): (104, 0.0127, 2.46, 4.54, 64, 256),
+    ("linear", 16): (108, 0.0167, 2.50, 4.69, 64, 256),
+    ("linear", 64): (128, 0.0401, 2.46, 4.75, 64, 256),
+    ("linear", 256): (128, 0.0723, 2.80, 6.27, 64, 128),
+    ("linear_transpose", 16): (232, 0.0186, 2.69, 5.17, 64, 512),
+    ("linear_transpose", 64): (224, 0.0337, 3.22, 7.00, 64, 256),
+}
+ROOM = 1.05  # for another release of the compiler
+ALU = ("PRMT", "SHF", "LOP3", "F2FP", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "PLOP3", "MOV.")
+STEPS = 3  # so few that no sum is split
+
+
+@pytest.mark.parametrize(("operation", "m"), LIMITS)
+def test_what_a_weight_asks_for(operation, m):
+    """In one program. Shared memory is touched in its loop only."""
+    registers, *limits, rows, columns = LIMITS[operation, m]
+    linear = operation == "linear"
+    shape = (rows, columns * STEPS) if linear else (rows * STEPS, columns)
+    weight = random_weight(shape, 64, False, dtype="bfloat16")
+    x = normal(1, m, shape[linear], dtype="bfloat16")
+    operands = (x, weight.arrays, None) if linear else (x, weight.arrays)
+    executor = Executor("sm_90", CountingMachine)
+    call(executor, operation, *operands, spec=weight.quant_state.spec)
+    [launch] = executor.launches
+    kernel, said = assemble(launch.ptx)
+    assert not re.search(r"\.approx|\.full|\.ftz|\bfma\.", launch.ptx)
+    assert "erialized" not in said  # products that wait for each other
+    assert (kernel.stack, kernel.local) == (0, 0)
+    assert kernel.registers <= registers
+    assert kernel.count("HGMMA", "loop")
+    counts = (launch.counts[name] for name in ("load", "store", "copy", "wgmma"))
+    found = (
+        sum(counts) / (rows * columns * STEPS * np.prod(launch.launch.grid)),
+        sum(kernel.count(name, "loop") for name in ALU) * 128 / (rows * columns),
+        sum(kernel.loop.values()) * 128 / (rows * columns),
+    )
+    assert all(f <= ROOM * limit for f, limit in zip(found, limits, strict=True)), found
