@@ -151,9 +151,12 @@ FAULTS = {
     "before its wait": START + ARRIVE.format(4) + copy(0) + STORE,
     "not fenced": INIT + SYNC + ARRIVE.format(4) + copy(0),
     "an mbarrier that another thread initialized": INIT + FENCE + ARRIVE.format(4),
+    "is initialized a second time": INIT.replace("@%p1 ", ""),
+    "a parity that is neither": START + WAIT.format(0).replace("], 0,", "], 2,"),
     "was not initialized": SYNC + ARRIVE.format(4),
     "more arrivals": START + ARRIVE.format(8) + ARRIVE.format(0),
-    "no end within": START + ARRIVE.format(8) + copy(0) + WAIT.format(0),
+    "no end within 1": START + ARRIVE.format(8) + copy(0) + WAIT.format(0),
+    "no end within": START + ARRIVE.format(4) + copy(0) + WAIT.format(1),
     "a wait for copies without some": START
     + ARRIVE.format(4)
     + copy(0)

@@ -36,6 +36,8 @@ def initialize(machine, barrier, count):
     """A barrier of so many arrivals."""
     counts = machine.each(count, "u32")
     for lane, block, place in _places(machine, barrier):
+        if place in machine.barriers:
+            raise Fault("an mbarrier is initialized a second time")
         n = int(counts[lane])
         machine.barriers[place] = Barrier(n, n, (int(machine.shared.epoch[block]), lane))
 
@@ -73,6 +75,8 @@ def wait(machine, done, barrier, parity, limit=None):
     del limit
     machine.whole(machine.block_size, "a wait for copies")
     parity = machine.each(parity, "u32")
+    if (parity[machine.lanes] > 1).any():
+        raise Fault("a parity that is neither 0 nor 1")
     complete = np.zeros(machine.count, bool)
     for lane, block, place in _places(machine, barrier):
         one = _barrier(machine, lane, block, place)
