@@ -1,5 +1,6 @@
 """The models whose memory and traffic `scale.py` asks the compiler for, and their meshes."""
 
+import dataclasses
 from typing import Any
 
 from q4jax.models import LlamaConfig
@@ -23,6 +24,29 @@ _LLAMA_70B = LlamaConfig(
     num_key_value_heads=8,
     head_dim=128,
     max_position_embeddings=4096,
+)
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
+_LLAMA_3_70B = dataclasses.replace(
+    _LLAMA_70B, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0
+)
+_TINY = LlamaConfig(  # for tests
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=128,
 )
 # The entries of each `config.json` that decide shapes and arithmetic.
 _GEMMA_3_27B: dict[str, Any] = {
@@ -94,6 +118,9 @@ _GPT_OSS_20B: dict[str, Any] = {
 MODELS: dict[str, LlamaConfig] = {
     "7b": _LLAMA_7B,
     "70b": _LLAMA_70B,
+    "llama-3-8b": LLAMA_3_8B,
+    "llama-3-70b": _LLAMA_3_70B,
+    "tiny": _TINY,
     "gemma-3-27b": LlamaConfig.from_hf(_GEMMA_3_27B),
     "qwen3-32b": LlamaConfig.from_hf(_QWEN3_32B),
     "qwen3-30b-a3b": LlamaConfig.from_hf(_QWEN3_30B_A3B),
@@ -102,11 +129,13 @@ MODELS: dict[str, LlamaConfig] = {
 DENSE_MESHES = {
     8: {"fsdp": 8},
     64: {"fsdp": 16, "tensor": 4},
+    256: {"data": 4, "fsdp": 16, "tensor": 4},
     512: {"data": 8, "fsdp": 16, "tensor": 4},
 }
 EXPERT_MESHES = {
     8: {"fsdp": 2, "expert": 4},
     64: {"fsdp": 8, "expert": 8},
+    256: {"data": 4, "fsdp": 8, "expert": 8},
     512: {"data": 8, "fsdp": 8, "expert": 8},
 }
 EXPERTS = ("qwen3-30b-a3b", "gpt-oss-20b")
