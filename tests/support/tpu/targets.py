@@ -12,25 +12,30 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from scale_targets import ALONE  # benchmarks/ is on the path by conftest.py
 
 from tests.support.gpu.targets import nothing_read_from_disk
 
-# libtpu would ask the metadata server of Google's cloud, and for a lock on the chips.
-_ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 MISSING = None if importlib.util.find_spec("libtpu") else "libtpu is not installed: q4jax[tpu]"
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+OTHERS = {"v5p": "v5p:2x2x2", "TPU7x": "TPU7x:2x2x1"}  # a TPU7x is two devices
 
 
 @functools.cache
 def devices(chip: str) -> np.ndarray:
-    """Eight chips."""
-    os.environ |= {name: os.environ.get(name, value) for name, value in _ALONE.items()}
-    return np.array(topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices)
+    """Eight devices."""
+    os.environ |= {name: os.environ.get(name, value) for name, value in ALONE.items()}
+    name = (TOPOLOGIES | OTHERS)[chip]
+    return np.array(topologies.get_topology_desc(name, platform="tpu").devices)
+
+
+def unknown(chip: str) -> str | None:
+    """Why this libtpu cannot compile for a chip, or None."""
+    try:
+        devices(chip)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        return f"libtpu does not know {chip}: {str(error).splitlines()[0]}"
+    return None
 
 
 def mesh_of(chip: str, kind: AxisType, **sizes: int) -> Mesh:
