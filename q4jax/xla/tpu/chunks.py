@@ -22,9 +22,11 @@ def over_rows(
       elements: the most elements of a chunk, if they are 32 rows or more.
     """
     count = arrays[0].shape[0]
-    size = max(elements // columns // _UNIT, 1) * _UNIT
-    if count <= size:
+    most = max(elements // columns // _UNIT, 1) * _UNIT
+    if count <= most:
         return part(carry, 0, *arrays)
+    # Of equal chunks, where rows allow: another last one would be compiled apart.
+    size = -(-count // -(-count // most) // _UNIT) * _UNIT
 
     def step(number: int | Array, carry: Carry, rows: int = size) -> Carry:
         first = number * size

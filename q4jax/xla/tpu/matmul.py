@@ -20,6 +20,8 @@ from q4jax.xla.tpu.chunks import over_rows
 
 _FEW_ROWS = 128
 _CHUNK_ELEMENTS = 2**24  # of the weight, decoded at a time: they fit into a TPU's own memory
+_CHUNK_BESIDE_MANY_ROWS = 2**23  # leaves room for the split x of many rows, and for their sums
+_SMALL_SUMS = 2**26  # bytes; larger ones are read and written for each chunk
 _DENSE_CHUNK_ELEMENTS = 2**21
 _ROWS_A_WORD = 4
 
@@ -37,7 +39,7 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
         return lax.dynamic_update_slice_in_dim(y, found.astype(x.dtype), first, 1)
 
     y = jnp.zeros((len(x), len(arrays.packed)), x.dtype)
-    return _chunks(part, y, arrays, _CHUNK_ELEMENTS)
+    return _chunks(part, y, arrays, _chunk_elements(x, arrays))
 
 
 def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
@@ -52,7 +54,8 @@ def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Arra
         return total[0] + found[0], total[1] + found[1]
 
     zeros = jnp.zeros((len(g), arrays.packed.shape[1]), jnp.float32)
-    even, odd = _chunks(part, (zeros, zeros), arrays, _CHUNK_ELEMENTS)
+    elements = _CHUNK_ELEMENTS if 8 * zeros.size > _SMALL_SUMS else _chunk_elements(g, arrays)
+    even, odd = _chunks(part, (zeros, zeros), arrays, elements)
     return lanes.interleave(even.astype(g.dtype), odd.astype(g.dtype))
 
 
@@ -65,6 +68,11 @@ def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -
 
     n, half = arrays.packed.shape
     return _chunks(part, jnp.zeros((n, 2 * half), dtype), arrays, _DENSE_CHUNK_ELEMENTS)
+
+
+def _chunk_elements(x: Array, arrays: WeightArrays) -> int:
+    whole = 2 * arrays.packed.size <= _CHUNK_ELEMENTS
+    return _CHUNK_ELEMENTS if whole or len(x) <= _FEW_ROWS else _CHUNK_BESIDE_MANY_ROWS
 
 
 def _chunks(part: Callable[..., Any], carry: Any, arrays: WeightArrays, elements: int) -> Any:

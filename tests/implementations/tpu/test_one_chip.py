@@ -100,6 +100,14 @@ def test_a_wide_weight_is_decoded_a_chunk_at_a_time(rows):
     assert program.temporary <= 0.1 * n * k * BYTES
 
 
+def test_a_wide_weight_and_many_rows():
+    n, k = 14336, 4096
+    operands = struct(2048, k), weight_of(n, k, nested=False)
+    program = compiled(q4jax.matmul_4bit, *on_one("v5e", operands))
+    assert program.temporary <= 0.1 * n * k * BYTES
+    assert program.cpu_seconds <= 16  # 8.4 when this was written
+
+
 @pytest.mark.parametrize("rows", [8, 2048])
 def test_a_product_in_the_flat_layout(rows):
     n, k = 4096, 4104

@@ -8,6 +8,7 @@ import pytest
 from q4jax.core import arithmetic, blockwise
 from q4jax.core.spec import QuantSpec
 from q4jax.xla.tpu import lanes, matmul, ops, quantize, scales
+from q4jax.xla.tpu.chunks import over_rows
 from tests.support import oracle
 from tests.support.products import assert_product
 from tests.support.random_arrays import decoded, normal, random_weight
@@ -41,6 +42,7 @@ def test_scales_repeat_bit_for_bit(blocks, count):
 def small_chunks(monkeypatch):
     """Loops of several steps and a rest."""
     monkeypatch.setattr(matmul, "_CHUNK_ELEMENTS", 32 * 128)
+    monkeypatch.setattr(matmul, "_CHUNK_BESIDE_MANY_ROWS", 32 * 128)
     monkeypatch.setattr(matmul, "_DENSE_CHUNK_ELEMENTS", 32 * 128)
     monkeypatch.setattr(quantize, "_TILE_ELEMENTS", 32 * 128)
 
@@ -55,6 +57,21 @@ def test_chunks_of_rows(n, rows, small_chunks):
     assert_product(ops.linear_transpose(g, weight.arrays, spec=spec), g, w.T, roundings=16)
     found = ops.dequantize(weight.arrays, spec=spec, dtype=np.dtype("float32"))
     assert oracle.same_bits(found, w)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(90, {90}), (128, {64}), (200, {96, 8}), (288, {96})])
+def test_chunks_are_equal_where_rows_allow(count, sizes):
+    found = set()
+
+    def add(total, first, rows):
+        found.add(len(rows))
+        return total.at[0].add(rows.sum()).at[1].add(first)
+
+    rows = np.arange(2 * count, dtype=np.float32).reshape(count, 2)
+    total = over_rows(add, jnp.zeros(2), rows, columns=2, elements=2 * 96)
+    assert found == sizes
+    step = max(sizes)
+    assert total.tolist() == [rows.sum(), sum(range(0, count, step))]
 
 
 @pytest.mark.parametrize("n", [96, 101])
