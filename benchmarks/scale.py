@@ -245,23 +245,23 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"scale.py: {reason}")
     models = args.models or (LLAMAS if args.target == CPU else ON_TPUS)
-    rows = []
+    versions = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+    }
+    settings: dict[str, Any] = {"rank": RANK, "length": LENGTH, "blocksize": BLOCKSIZE}
+    if args.target != CPU:
+        versions["libtpu"] = importlib.metadata.version("libtpu")
+        settings |= {"target": args.target, "effort": args.effort}
+    rows: list[dict[str, Any]] = []
     for count in devices:
         for name in models:
             rows.append(in_process(name, count, args.target, args.effort, args.minutes))
             show(rows[-1])
-    if args.out:
-        versions = {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-        }
-        settings = {"rank": RANK, "length": LENGTH, "blocksize": BLOCKSIZE}
-        if args.target != CPU:
-            versions["libtpu"] = importlib.metadata.version("libtpu")
-            settings |= {"target": args.target, "effort": args.effort}
-        report = {"versions": versions, "settings": settings, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+            if args.out:  # after each: a program may take minutes
+                report = {"versions": versions, "settings": settings, "rows": rows}
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
     if any("error" in row for row in rows):
         sys.exit(1)
 

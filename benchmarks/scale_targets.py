@@ -1,7 +1,7 @@
 """The devices that `scale.py` compiles for: simulated CPU devices, and TPUs that are not here.
 
-libtpu describes a slice of TPUs to its compiler on any machine. What it says of a program's bytes is
-what such a slice would allocate; nothing runs.
+libtpu describes a slice of TPUs to its compiler on any machine. What it says of a program's bytes
+is what such a slice would allocate; nothing runs.
 """
 
 import importlib.util

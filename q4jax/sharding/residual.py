@@ -66,6 +66,18 @@ def whole_features(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec((batch if split else ()) or None))
 
 
+def whole_stack(stack: Array) -> Array:
+    """Gather the first axis of a stack, of which a loop is to take an entry a step.
+
+    Within `split_batches`. Otherwise the compiler for TPUs gathers the stack in each step, since
+    the entry's number is not known. Elsewhere this returns `stack`.
+    """
+    if _batch.get() is None or axes_by_type().keys() != {AxisType.Auto}:
+        return stack
+    others = (PartitionSpec.UNCONSTRAINED,) * (stack.ndim - 1)
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(None, *others))
+
+
 @jax.custom_vjp
 def _whole_features(x: Array) -> Array:
     if axes_by_type().keys() - {AxisType.Auto}:

@@ -14,6 +14,7 @@ from q4jax.models.decoder.routing import route
 from q4jax.models.decoder.scanned import give_weights, hold_weights
 from q4jax.models.decoder.spec import Experts
 from q4jax.models.decoder.without_matrices import WithoutMatrices
+from q4jax.sharding.residual import whole_stack
 
 # Larger blocks need fewer steps and more padding.
 _LARGEST_BLOCK = 64
@@ -116,6 +117,7 @@ class DecoderExperts(WithoutMatrices):
 
         experts, held = hold_weights(self.experts)
         graphdef, state = nnx.split(experts)
+        state = jax.tree.map(whole_stack, state)
 
         def compute(_: None, step: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
             index, x = step

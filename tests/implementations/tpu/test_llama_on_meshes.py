@@ -62,3 +62,42 @@ def test_a_step_moves_codes_and_scales(chip, sizes):
     codes = [c for c in moved if c.dtype == "u8" and c.kind == "all-gather"]
     assert max(c.size for c in codes) * sizes.get("tensor", 1) == 256 * 512 // 2
     assert program.temporary <= 12e6  # 11.1e6 on v5e when this was written
+
+
+EXPERTS = LlamaConfig.from_hf(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 240,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+    }
+)
+
+
+@pytest.fixture
+def little_effort():
+    """Of the compiler, which is done sooner."""
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", "UNKNOWN")
+
+
+def test_experts_are_gathered_once_a_layer(little_effort):
+    """And not for each block of tokens, though the number of its expert is not known."""
+    mesh = mesh_of("v5e", AxisType.Explicit, expert=4)
+    rules = LlamaShardings(mesh)
+    with jax.set_mesh(mesh):
+        model = rules.place(nnx.eval_shape(functools.partial(qlora_model, EXPERTS)))
+        graph, state = nnx.split(model)
+        tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32, sharding=rules.batch)
+        program = compiled(lambda s, ids: nnx.merge(graph, s).hidden_states(ids)[0], state, tokens)
+    stacks = [c for c in collectives(program.text) if c.dtype == "u8" and 16 in c.shape[:2]]
+    gathered = sorted((c.shape[-2:], c.times) for c in stacks if c.shape[-1] == 64)
+    assert gathered == 3 * [((128, 64), 2)]
