@@ -28,8 +28,8 @@ def test_a_tiny_model(monkeypatch, tmp_path, capsys):
     codes = 2 * (weights // 2 + weights // 64)
     assert row["moved_by_kind"]["all-gather u8"] == codes
     assert row["tokens"] == 8 * scale.LENGTH
-    assert 0 < row["arguments"] < 5e6  # 3.9e6 when this was written, and so the next
-    assert 0 < row["temporary"] < 60e6
+    assert 0 < row["arguments"] < 5e6  # 3.9e6 when this was written
+    assert 0 < row["temporary"] < 95e6  # 85e6
 
 
 def test_without_libtpu_it_is_one_line(monkeypatch):
