@@ -43,7 +43,7 @@ def test_every_call_on_one_device(chip):
 
     weight = jax.eval_shape(quantize, struct(N, K))
     program = compiled(all_calls, *on_one(chip, (struct(8, K), weight, struct(N, K))))
-    assert program.temporary <= 2e6  # 1.2e6 when this was written
+    assert program.temporary <= 7e6  # 6.3e6 on v5p and 1.2e6 on TPU7x when this was written
     assert not re.search(r" (gather|sort|scatter)\(", program.text)
 
 
