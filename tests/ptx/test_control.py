@@ -50,11 +50,6 @@ def test_barriers_by_their_numbers():
         go(body.format(""), 64, shared=256)
 
 
-def test_a_label_in_two_scopes():
-    with pytest.raises(Unknown, match="the label again again"):
-        go("mov.b32 %r1, 0; { again: } { again: }")
-
-
 def test_branches_in_branches():
     body = """
     and.b32 %r2, %t, 1; setp.eq.b32 %p1, %r2, 0; setp.gt.u32 %p2, %t, 9;
@@ -125,6 +120,32 @@ def test_packing():
 def test_names_of_a_scope_hide_others():
     body = "{ .reg .b32 x; mov.b32 x, 5; { .reg .b32 x; mov.b32 x, 6; } mov.b32 %r1, x; }"
     assert (go(body) == 5).all()
+
+
+def test_labels_of_a_scope():
+    """Two scopes may have the same, and a branch goes to the innermost."""
+    jump = "{ bra over; mov.b32 %r1, 7; over: add.s32 %r1, %r1, 1; }\n"
+    assert (go("mov.b32 %r1, 0;" + 2 * jump) == 2).all()
+    outer = "mov.b32 %r1, 0; { { bra over; over: add.s32 %r1, %r1, 1; } bra over; "
+    assert (go(outer + "add.s32 %r1, %r1, 5; over: add.s32 %r1, %r1, 2; }") == 3).all()
+    assert (go("mov.b32 %r1, 0; { bra over; } add.s32 %r1, %r1, 5; over: bra end; end:") == 0).all()
+    with pytest.raises(Unknown, match="the label over again"):
+        go("mov.b32 %r1, 0; { over: over: }")
+    with pytest.raises(Unknown, match="the label inside"):
+        go("mov.b32 %r1, 0; bra inside; { inside: }")
+
+
+def test_threads_meet_where_their_ways_do():
+    """Half of them go around by code that is far behind, in a loop whose head is at its end."""
+    body = """
+    mov.b32 %r1, 0; mov.b32 %r2, 0; setp.lt.u32 %p1, %t, 16; bra head;
+    meet: bar.sync 0; add.s32 %r1, %r1, 1; add.s32 %r2, %r2, 1;
+    setp.eq.u32 %p2, %r2, 3; @%p2 bra done;
+    head: @%p1 bra meet;
+    add.s32 %r1, %r1, 10; bra meet;
+    done: bar.sync 0;
+    """
+    np.testing.assert_array_equal(go(body), np.where(np.arange(32) < 16, 3, 33))
 
 
 def test_constants_of_a_module():
@@ -211,7 +232,7 @@ FORMS = {
     "exit": 1,
     "bar": 2,
     "barrier": 2,
-    "mbarrier": 5,
+    "mbarrier": 6,
     "prefetch": 1,
     "elect": 1,
     "movmatrix": 1,

@@ -142,6 +142,58 @@ def test_each_block_has_its_own_barrier():
     np.testing.assert_array_equal(go(body, ARRAY, MAP, words=256, blocks=4), ARRAY)
 
 
+# Threads 32 to 63 read a word that thread 0 wrote, and thread 1 writes it when it may.
+READ_AND_WRITE = """
+@%p1 mbarrier.init.shared.b64 [%r1], {count};
+mov.b32 %r9, 7; @%p1 st.shared.b32 [%r0], %r9; bar.sync 0;
+setp.ge.u32 %p3, %t, 32; setp.eq.u32 %p4, %t, 1;
+@%p3 ld.shared.b32 %r9, [%r0];
+{arrive}
+@%p3 bra over;
+{wait}
+@%p4 st.shared.b32 [%r0], %t;
+over: mul.wide.u32 %d1, %t, 4; add.s64 %d2, %a, %d1; st.global.b32 [%d2], %r9;
+"""
+ARRIVE_SO_OFTEN = "mbarrier.arrive.release.cta.shared::cta.b64 _, [%r1], {};\n"
+
+
+def read_and_write(count=THREADS, arrive=ARRIVE_SO_OFTEN.format(1), wait=WAIT.format(0)):
+    body = READ_AND_WRITE.format(count=count, arrive=arrive, wait=wait)
+    np.testing.assert_array_equal(go(body, ARRAY, MAP), THREADS * [7])
+
+
+def test_arrivals_of_all_threads_and_a_wait_of_some():
+    """What each did before it arrived comes before what follows the wait."""
+    read_and_write()
+    read_and_write(3 * THREADS, ARRIVE_SO_OFTEN.format(3))
+    read_and_write(3 * THREADS, ARRIVE_SO_OFTEN.format(1) + ARRIVE_SO_OFTEN.format(2))
+    read_and_write(arrive=ARRIVE.format(0))
+
+
+NOT_ORDERED = {
+    "no wait": {"wait": ""},
+    "no arrivals of those that read": {"count": 32, "arrive": "@!%p3 " + ARRIVE_SO_OFTEN.format(1)},
+    "no arrivals of those that wait": {"count": 32, "arrive": "@%p3 " + ARRIVE_SO_OFTEN.format(1)},
+    "a read after the arrival": {
+        "arrive": ARRIVE_SO_OFTEN.format(1) + "@%p3 ld.shared.b32 %r9, [%r0];\n"
+    },
+    "another thread's wait": {"wait": "@%p4 bra free; " + WAIT.format(0) + "free:"},
+}
+
+
+@pytest.mark.parametrize("name", NOT_ORDERED)
+def test_arrivals_that_order_nothing(name):
+    with pytest.raises(Fault, match="a race: a write over what another thread reads"):
+        read_and_write(**NOT_ORDERED[name])
+
+
+def test_too_many_arrivals():
+    with pytest.raises(Fault, match="more arrivals"):
+        read_and_write(THREADS + 1, ARRIVE_SO_OFTEN.format(2))
+    with pytest.raises(Fault, match="no end within"):
+        read_and_write(THREADS + 1)
+
+
 def test_a_map_may_be_prefetched():
     body = "prefetch.tensormap [%map];\n" + START + ARRIVE.format(4) + copy(0) + WAIT.format(0)
     np.testing.assert_array_equal(go(body + STORE, ARRAY, MAP), ARRAY[:64])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.support.ptx.counters import CountingMachine
 from tests.support.ptx.faults import Fault, Unknown
 from tests.support.ptx.fragments import (
     DTYPES,
@@ -13,7 +14,9 @@ from tests.support.ptx.fragments import (
     small,
     store,
 )
-from tests.support.ptx.programs import run
+from tests.support.ptx.machine import Launch, Machine
+from tests.support.ptx.parser import parse
+from tests.support.ptx.programs import module, run
 
 
 # The layouts of CUTLASS's "canonical" descriptors, in bytes: name -> (top bits, the place of
@@ -120,6 +123,33 @@ def test_wgmma_of_shared_memory_alone(width, transposed, lead, stride):
         body + store(1, 100, n // 2), [memory], [((128, n // 2), "f4")], 128, shared=16384
     )
     np.testing.assert_array_equal(matrix_of(found, 64), a @ b.T)
+
+
+def two_groups(end, machine=Machine):
+    """Accumulators after two warp groups multiply their own rows by the same B."""
+    a, b = small(0, 128, 16), small(1, 8, 16)
+    memory, descriptor = image(b, "bf16", 128, False, 0, 16, 1024, 4096)
+    body = COPY.format(rounds=1).replace("128, %t", "256, %t") + load(1, 1, 4)
+    body += FENCES + f"mov.b64 %d4, {descriptor:#x};\n"
+    body += product(8, "bf16", registers(1, 4), "%d4", 0, "0") + end + store(2, 100, 4)
+    operands, result = [memory, fragments_of_a(a, "bf16")], np.empty((256, 4), np.float32)
+    launch = Launch((1, 1, 1), 256, 4096)
+    done = machine(parse(module(body, 3, 256)), launch, operands, [result]).run()
+    np.testing.assert_array_equal(matrix_of(done.memory.result(0), 128), a @ b.T)
+    return done
+
+
+def test_two_groups_that_share_an_operand():
+    """Each reads all of it from shared memory."""
+    assert two_groups(FINISH, CountingMachine).counts()["wgmma"] == 2 * 8 * 16 * 2 // 128
+
+
+def test_what_one_group_reads_the_other_may_not_write():
+    """Until all have waited and met; those threads alone that write do not suffice."""
+    writes = "setp.eq.s32 %p1, %t, 0; @%p1 st.shared.b32 [%d0], %t;"
+    two_groups(FINISH + "bar.sync 0;" + writes)
+    with pytest.raises(Fault, match="a race: a write over what another thread reads"):
+        two_groups(FINISH + writes)
 
 
 # All of shared memory and A is 1, and the accumulators are 0 where a product needs them.

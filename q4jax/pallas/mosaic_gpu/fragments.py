@@ -55,11 +55,11 @@ def word_transforms(columns: int) -> tuple[Any, ...]:
 
 
 def decode(words: Any, scales: Any, *, columns: int, quant_type: str, dtype: Any) -> list[Array]:
-    """Decode a tile to parts [64, 64] of columns as `permute` orders them.
+    """Decode the 64 rows of a warp group to parts [64, 64] of columns as `permute` orders them.
 
     Args:
-      words: reference to int32 [64, columns / 8] in shared memory, 8 codes each.
-      scales: reference to float32 [64, 4] in shared memory: of each quarter of a row.
+      words: reference to int32 [64 groups, columns / 8] in shared memory, 8 codes each.
+      scales: reference to float32 [64 groups, 4] in shared memory: of each quarter of a row.
       columns: 128 or 256.
       quant_type: "nf4" or "fp4".
       dtype: bfloat16 or float16.

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _STAGES = 3
 _SHARED_BYTES = 113 * 1024  # of a program, so that a multiprocessor runs two
-_PROGRAMS = 528  # 4 a multiprocessor
+_WARP_GROUPS = 528  # 4 a multiprocessor
 _LEAST_STEPS = 4  # of a program, where a sum is split
 
 
@@ -39,9 +39,15 @@ class Operand:
         return self.tile[0] * self.tile[1] * self.array.dtype.itemsize
 
 
-def share(tiles: int, steps: int) -> tuple[int, int]:
-    """Split sums where there are few tiles of the result: (steps of a split, splits)."""
-    splits = max(1, min(_PROGRAMS // tiles, steps // _LEAST_STEPS))
+def share(tiles: int, steps: int, groups: int = 1) -> tuple[int, int]:
+    """Split sums where there are few tiles of the result: (steps of a split, splits).
+
+    Args:
+      tiles: of the result, one for each program of a split.
+      steps: of the whole sum.
+      groups: warp groups of a program.
+    """
+    splits = max(1, min(_WARP_GROUPS // (tiles * groups), steps // _LEAST_STEPS))
     each = -(-steps // splits)
     return each, -(-steps // each)
 
@@ -55,23 +61,31 @@ def launch(
     tiles: tuple[int, int],
     steps: int,
     splits: int,
+    groups: int = 1,
 ) -> Array:
     """Sum over steps: float32 [rows, columns] of whole tiles, the splits added in one order.
+
+    A program has one warp group, or two that run the same code on the same copies. Each has the
+    rows of the tile that come after those of the other.
 
     Args:
       name: of the kernel; a prefix is added.
       operands: what it reads.
-      multiply: `multiply(total, *tiles)` adds the product of a step to the accumulator `total`.
+      multiply: `multiply(total, *tiles)` adds the product of a step to the accumulator `total`
+        of a warp group. Threads are numbered through the program.
       tile: rows and columns of a tile of the result.
       tiles: how many there are each way.
       steps: of a split.
       splits: programs that share a sum.
+      groups: warp groups of a program.
     """
+    part = tile[0] // groups
     stages = min(_STAGES, steps, _SHARED_BYTES // sum(operand.bytes for operand in operands))
 
     def body(*refs: Any) -> None:
         sources = refs[: len(operands)]
-        result, *buffers, arrived = refs[len(operands) :]
+        result, *buffers, arrived, consumed = refs[len(operands) :]
+        group = lax.axis_index("group") if groups > 1 else 0
         split, row, column = (lax.axis_index(axis) for axis in ("split", "row", "column"))
 
         def copy(step: Any, slot: Any) -> None:
@@ -82,25 +96,35 @@ def launch(
 
         def accumulate(total: Any) -> Array:
             def run(step: Any, slot: Any) -> Any:
+                before = jnp.where(slot == 0, stages - 1, slot - 1)
+
+                @pl.when((step > 0) & (step + stages <= steps) & (group == 0))
+                def later() -> None:
+                    if groups > 1:
+                        plgpu.barrier_wait(consumed.at[before])
+                    copy(step + stages - 1, before)
+
                 plgpu.barrier_wait(arrived.at[slot])
                 multiply(total, *(buffer.at[slot] for buffer in buffers))
                 plgpu.wgmma_wait(0)
-                # Every thread has read its codes, and the tensor core the rest.
-                plgpu.commit_smem()
-
-                @pl.when(step + stages < steps)
-                def later() -> None:
-                    copy(step + stages, slot)
-
+                # This thread has read its codes, and the tensor core the rest for it.
+                if groups > 1:
+                    plgpu.barrier_arrive(consumed.at[slot])
+                else:
+                    plgpu.commit_smem()
                 return jnp.where(slot == stages - 1, 0, slot + 1)
 
             lax.fori_loop(0, steps, run, jnp.int32(0))
             return total[...]
 
-        for step in range(stages):
-            copy(step, step)
-        total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(tile, jnp.float32))
-        result[split, pl.ds(row * tile[0], tile[0]), pl.ds(column * tile[1], tile[1])] = total
+        @pl.when(group == 0)
+        def first() -> None:
+            for step in range(stages):
+                copy(step, step)
+
+        total = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((part, tile[1]), jnp.float32))
+        rows = pl.ds(row * tile[0] + group * part, part)
+        result[split, rows, pl.ds(column * tile[1], tile[1])] = total
 
     buffers = (
         plgpu.SMEM((stages, *o.tile), o.array.dtype, transforms=o.transforms) for o in operands
@@ -113,12 +137,14 @@ def launch(
         scratch_types=(
             *buffers,
             plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ),
         grid=(splits, *tiles),
         grid_names=("split", "row", "column"),
+        **({"num_threads": groups, "thread_name": "group"} if groups > 1 else {}),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # Threads meet in `commit_smem`. Pallas would add barriers for reads and writes of
+            # Threads meet in `commit_smem` or at `consumed`. Pallas would add barriers for reads and writes of
             # shared memory by the program itself, of which there are none.
             unsafe_no_auto_barriers=True,
         ),

@@ -16,14 +16,17 @@ from q4jax.pallas.mosaic_gpu.launch import Operand, launch, share
 _SWIZZLED = (plgpu.TilingTransform((8, PART)), plgpu.SwizzleTransform(2 * PART))
 
 
-def choose(m: int, spec: QuantSpec) -> tuple[int, int]:
-    """Choose the rows of x and the columns of W of a step.
+def choose(m: int, spec: QuantSpec) -> tuple[int, int, int]:
+    """Choose the rows of x and the columns of W of a step, and the warp groups of a program.
 
     With 256 columns a thread computes one table for 64 weights. With more than 64 rows of x the
-    tensor core takes longer than the decoding, and shared memory has room for 128 columns only.
+    tensor core takes longer than the decoding, and shared memory has room for 128 columns only. Its
+    copies of x would be slower still if each served 64 rows of W: there two warp groups share one.
     """
-    wide = m <= 64 and spec.blocksize >= 64 and spec.shape[1] % 256 == 0
-    return 128 if m > 64 else -(-m // 8) * 8, 256 if wide else 128
+    if m > 64:
+        return 128, 128, 2 if spec.shape[0] > ROWS else 1
+    wide = spec.blocksize >= 64 and spec.shape[1] % 256 == 0
+    return -(-m // 8) * 8, 256 if wide else 128, 1
 
 
 def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
@@ -32,9 +35,10 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
     Scales are decoded before the call, one for each quarter of a row of a tile.
     """
     m, (n, k) = x.shape[0], spec.shape
-    rows, columns = choose(m, spec)
-    tiles = -(-n // ROWS), -(-m // rows)
-    steps, splits = share(tiles[0] * tiles[1], k // columns)
+    rows, columns, groups = choose(m, spec)
+    height = groups * ROWS
+    tiles = -(-n // height), -(-m // rows)
+    steps, splits = share(tiles[0] * tiles[1], k // columns, groups)
     words, scales = fragments.operands(arrays, spec, columns // QUAD)
     x = jnp.pad(x, ((0, -m % rows), (0, 0)))
 
@@ -50,11 +54,11 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
         [
             Operand(
                 words,
-                (ROWS, columns // 8),
+                (height, columns // 8),
                 fragments.word_transforms(columns),
-                lambda step, row, _: (row * ROWS, step * (columns // 8)),
+                lambda step, row, _: (row * height, step * (columns // 8)),
             ),
-            Operand(scales, (ROWS, QUAD), (), lambda step, row, _: (row * ROWS, step * QUAD)),
+            Operand(scales, (height, QUAD), (), lambda step, row, _: (row * height, step * QUAD)),
             Operand(
                 fragments.permute(x, columns),
                 (rows, columns),
@@ -63,9 +67,10 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
             ),
         ],
         multiply,
-        tile=(ROWS, rows),
+        tile=(height, rows),
         tiles=tiles,
         steps=steps,
         splits=splits,
+        groups=groups,
     )[:n, :m].T
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)

@@ -16,7 +16,8 @@ class Thread:
     """Emits instructions.
 
     Attributes:
-      warp, quad, eighth: its warp's number, its own in its quad, and its quad's in the warp.
+      warp, quad, eighth: its warp's number in the program, its own in its quad, and its quad's in
+        the warp.
 
     Args:
       quant_type: "nf4" or "fp4".
@@ -27,7 +28,7 @@ class Thread:
         self.quant_type, self.dtype = quant_type, jnp.dtype(dtype)
         self.i32 = ir.IntegerType.get_signless(32)
         thread = mgpu.utils.thread_idx()
-        self.warp = arith.andi(self.shift_right(thread, 5), self.constant(3))
+        self.warp = self.shift_right(thread, 5)
         self.quad = arith.andi(thread, self.constant(3))
         self.eighth = arith.andi(self.shift_right(thread, 2), self.constant(7))
 

@@ -171,9 +171,14 @@ def _lines(sass: str) -> list[tuple[int, str, str]]:
 
 
 def _longest_loop(lines: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """The longest stretch between a branch and its target."""
+    """The longest stretch between a branch and its target.
+
+    What is behind the end of a thread is rare, such as the way back from a wait that took longer.
+    """
     first, last = 0, -1
     for at, name, text in lines:
+        if text == "EXIT":
+            break
         target = re.search(r"0x([0-9a-f]+)", text) if name.startswith("BRA") else None
         if target and at - int(target[1], 16) > last - first and int(target[1], 16) < at:
             first, last = int(target[1], 16), at

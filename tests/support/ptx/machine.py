@@ -12,6 +12,7 @@ from tests.support.ptx.instructions import find
 from tests.support.ptx.parser import Address, Immediate, Kernel, Operand, Register, Special, Symbol
 from tests.support.ptx.registers import Registers
 from tests.support.ptx.scalar_types import TYPES, UNSIGNED, bits_of
+from tests.support.ptx.schedule import schedule
 from tests.support.ptx.shared_memory import BASE as SHARED_BASE
 from tests.support.ptx.shared_memory import SharedMemory
 from tests.support.ptx.tensor_maps import Barrier, TensorMap, TensorMaps
@@ -77,6 +78,7 @@ class Machine:
             raise Unknown(f"{len(names)} parameters, {len(scalars)} of them scalars")
         self.kernel = kernel
         self.steps = [find(instruction) for instruction in kernel.code]
+        self.ranks = schedule(kernel).tolist()
         blocks = int(np.prod(launch.grid))
         self.block_size = launch.threads
         self.count = blocks * launch.threads  # threads of the launch
@@ -167,7 +169,7 @@ class Machine:
         waiting: dict[int, np.ndarray] = {0: np.ones(self.count, bool)}  # by the next instruction
         with np.errstate(all="ignore"):
             while waiting:
-                at = min(waiting)
+                at = min(waiting, key=self.ranks.__getitem__)
                 self._run_group(at, waiting.pop(at), waiting, limit)
         self.copies.end()
         self.products.end()
@@ -176,7 +178,8 @@ class Machine:
     def _run_group(self, at, active, waiting, limit) -> None:
         """Run some threads until they branch or come to where others wait."""
         everyone = None if active.all() else active
-        while at < min(waiting, default=len(self.steps)):
+        next_rank = min(map(self.ranks.__getitem__, waiting), default=self.ranks[-1])
+        while self.ranks[at] < next_rank:
             self.executed += 1
             if self.executed > limit:
                 raise Fault(f"no end within {limit} instructions")

@@ -140,11 +140,14 @@ def parse(text: str) -> Kernel:
 
 
 class _Body:
-    """Reads the statements of a kernel's body; braces open a scope for names of registers."""
+    """Reads the statements of a kernel's body; braces open a scope for names and labels."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
         self.scopes: list[dict[str, Register]] = [{}]
+        # Of each scope its labels by their names in the kernel, and its first instruction.
+        self.labels: list[tuple[dict[str, str], int]] = [({}, 0)]
+        self.suffixes = [""]  # what tells the names of a scope from those of others
         self.opened = 0
 
     def read(self, body: str) -> None:
@@ -156,16 +159,31 @@ class _Body:
             at = piece.end()
             label, opens, closes, statement = piece.groups()
             if label:
-                if label in self.kernel.labels:
+                labels, _ = self.labels[-1]
+                if label in labels:
                     raise Unknown(f"the label {label} again")
-                self.kernel.labels[label] = len(self.kernel.code)
+                labels[label] = label + self.suffixes[-1]
+                self.kernel.labels[labels[label]] = len(self.kernel.code)
             elif opens:
                 self.opened += 1
                 self.scopes.append({})
+                self.labels.append(({}, len(self.kernel.code)))
+                self.suffixes.append(f"#{self.opened}")
             elif closes:
                 self.scopes.pop()
+                self.suffixes.pop()
+                self._resolve(*self.labels.pop())
             elif statement.strip():
                 self._statement(" ".join(statement.split()))
+
+    def _resolve(self, labels: dict[str, str], start: int) -> None:
+        """A scope has ended: its branches that go to its labels."""
+        for at, instruction in enumerate(self.kernel.code[start:], start):
+            [target, *_] = instruction.operands or [None]
+            is_branch = instruction.opcode.startswith("bra") and isinstance(target, Symbol)
+            if is_branch and target.name in labels:
+                operands = (Symbol(labels[target.name]),)
+                self.kernel.code[at] = dataclasses.replace(instruction, operands=operands)
 
     def _statement(self, text: str) -> None:
         if text.startswith(".shared"):
@@ -179,11 +197,10 @@ class _Body:
         _, kind, names = text.split(None, 2)
         if kind[1:] not in TYPES:
             raise Unknown(text)
-        suffix = f"#{self.opened}" if len(self.scopes) > 1 else ""
         for name in names.replace(" ", "").split(","):
             many = re.fullmatch(r"(%\w+)<(\d+)>", name)
             for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
-                self.scopes[-1][one] = Register(one + suffix, kind[1:])
+                self.scopes[-1][one] = Register(one + self.suffixes[-1], kind[1:])
 
     def _instruction(self, text: str) -> None:
         matched = _STATEMENT.fullmatch(text)

@@ -2,7 +2,8 @@
 
 Memory is watched in grains: as many bytes as the kernel's smallest access. For each grain it is
 known who wrote and who read it last. Two accesses of different threads, one of them a write, must
-have a barrier of their block between them, in whichever order they ran here.
+have a barrier of their block between them, in whichever order they ran here. It is `bar.sync`, or
+an mbarrier at which every thread of the block has arrived and the second access's has waited.
 """
 
 import numpy as np
@@ -31,10 +32,13 @@ class SharedMemory:
         self.bytes = np.full(blocks * self.stride, 0xEE, np.uint8)
         grains = len(self.bytes) // grain
         self.state = np.zeros(grains, np.uint8)
-        # Epoch of the block (how many barriers it has passed, from 1) << 32, plus the thread.
+        # Epoch of the block (how many barriers and arrivals it has seen, from 1) << 32, plus the
+        # thread.
         self.last_write = np.zeros(grains, np.uint64)
         self.last_read = np.zeros(grains, np.uint64)
         self.epoch = np.ones(blocks, np.uint64)
+        # For each thread: all accesses of its block in earlier epochs come before its next one.
+        self.ordered = np.ones(blocks * threads, np.uint64)
         # For the tensor core, which reads by another way: reads under way, and what `fence.proxy`
         # has not yet made visible to it.
         self.tensor_reads = np.zeros(grains, np.int32)
@@ -93,8 +97,17 @@ class SharedMemory:
         self._note_read(where, threads)
 
     def barrier(self, blocks):
-        """All threads of these blocks (a mask) have met."""
+        """All threads of these blocks (their numbers) have met."""
         self.epoch[blocks] += np.uint64(1)
+        self.ordered.reshape(-1, self.threads)[blocks] = self.epoch[blocks, None]
+
+    def arrival(self, blocks):
+        """Some threads of these blocks arrive at an mbarrier: what they do later is no part of it."""
+        self.epoch[blocks] += np.uint64(1)
+
+    def order(self, thread, epoch):
+        """What all threads did before an epoch comes before what this thread does from now on."""
+        self.ordered[thread] = max(self.ordered[thread], np.uint64(epoch))
 
     def start_tensor_read(self, offsets, size, threads):
         """The tensor core reads for the warp group of each thread until `end_tensor_read`."""
@@ -109,35 +122,38 @@ class SharedMemory:
         where = self._grains(offsets, size)
         np.add.at(self.tensor_reads, where, -1)
         if self.threads > WARP_GROUP:
-            self.last_read[where] = self._now(threads)[0] + np.uint64(_MANY)
+            self.last_read[where] = self._now(threads)[1] + np.uint64(_MANY)
 
     def fence_proxy(self, threads):
         """Show the tensor core what these threads have written, or seen behind a barrier."""
         blocks = np.repeat(np.arange(len(self.epoch)), self.stride // self.grain)
-        fencing = np.zeros(len(self.epoch), bool)
-        fencing[np.unique(threads // self.threads)] = True
-        before = self.last_write < (self.epoch << np.uint64(32))[blocks]
-        own = np.isin(self.last_write, self._now(threads)[1])
-        self.unfenced &= ~(fencing[blocks] & (before | own))
+        # What the block's fencing threads have seen: all before this epoch.
+        seen = np.zeros(len(self.epoch), np.uint64)
+        np.maximum.at(seen, threads // self.threads, self.ordered[threads])
+        before = self.last_write < (seen << np.uint64(32))[blocks]
+        own = np.isin(self.last_write & np.uint64(_MANY), threads.astype(np.uint64))
+        self.unfenced &= ~(seen.astype(bool)[blocks] & (before | own))
 
     def _grains(self, offsets, size):
         """Indices [n, size / grain]."""
         return offsets[:, None] // self.grain + np.arange(max(1, size // self.grain))
 
     def _now(self, threads):
-        """The least `last_write` of a write since the last barrier, and that of a thread's own."""
-        start = (self.epoch[threads // self.threads] << np.uint64(32))[:, None]
-        return start, start + threads.astype(np.uint64)[:, None]
+        """The least stamp that is not ordered before these threads, the epoch's, and their own."""
+        start = (self.ordered[threads] << np.uint64(32))[:, None]
+        epoch = (self.epoch[threads // self.threads] << np.uint64(32))[:, None]
+        return start, epoch, epoch + threads.astype(np.uint64)[:, None]
 
     @staticmethod
-    def _by_others(last, start, mine):
-        return ((last >= start) & (last != mine)).any()
+    def _others(last, start, mine):
+        """Which stamps are another thread's, and not ordered before this one's access."""
+        return (last >= start) & ((last ^ mine) & np.uint64(_MANY) != 0)
 
     def _write(self, where, threads):
-        start, mine = self._now(threads)
-        if self._by_others(self.last_write[where], start, mine):
+        start, _, mine = self._now(threads)
+        if self._others(self.last_write[where], start, mine).any():
             raise Fault("a race: a write over another thread's write, and no barrier between them")
-        if self._by_others(self.last_read[where], start, mine):
+        if self._others(self.last_read[where], start, mine).any():
             raise Fault("a race: a write over what another thread reads, and no barrier between")
         if self.tensor_reads[where].any():
             raise Fault("a write over what an asynchronous product may still read")
@@ -148,14 +164,14 @@ class SharedMemory:
         self._not_in_flight(where)
         if (self.state[where] == _UNWRITTEN).any():
             raise Fault("a read of shared memory that nothing wrote")
-        if self._by_others(self.last_write[where], *self._now(threads)):
+        start, _, mine = self._now(threads)
+        if self._others(self.last_write[where], start, mine).any():
             raise Fault("a race: a read of another thread's write, and no barrier between them")
 
     def _note_read(self, where, threads):
-        start, mine = self._now(threads)
-        several = start + np.uint64(_MANY)
-        before = self.last_read[where]
-        noted = np.where((before >= start) & (before != mine), several, mine)
+        start, epoch, mine = self._now(threads)
+        several = epoch + np.uint64(_MANY)
+        noted = np.where(self._others(self.last_read[where], start, mine), several, mine)
         self.last_read[where] = noted
         lost = self.last_read[where] != noted  # several threads read it in this instruction
         if lost.any():

@@ -89,21 +89,39 @@ class Barrier:
       phase: phases that are complete.
       ready: (epoch, thread) of its initialization, before which nobody else may use it.
       fenced: whether copies may use it.
+      threads: of the block.
+      arrived: the threads that have arrived in this phase.
+      since: the least epoch of shared memory in which one did.
+      ordered: what the block's threads did before this epoch comes before what a thread does after
+        it has waited; 0 where not all of them have arrived in a phase.
     """
 
     count: int
     pending: int
     ready: tuple[int, int]
+    threads: int
     bytes: int = 0
     phase: int = 0
     fenced: bool = False
     copies: list = dataclasses.field(default_factory=list)
+    arrived: set[int] = dataclasses.field(default_factory=set)
+    since: int = 0
+    ordered: int = 0
 
-    def arrive(self, bytes_: int) -> None:
-        """A thread arrives, and expects so many bytes."""
-        if not self.pending:
+    def arrive(self, thread: int, epoch: int, bytes_: int = 0, times: int = 1) -> None:
+        """A thread arrives so many times, and expects so many bytes.
+
+        Args:
+          thread: its number in the launch.
+          epoch: its block's; what it did in earlier ones comes before.
+          bytes_: of copies.
+          times: how often it arrives.
+        """
+        if self.pending < times:
             raise Fault("more arrivals at an mbarrier than its phase has")
-        self.pending -= 1
+        self.since = min(self.since, epoch) if self.arrived else epoch
+        self.arrived.add(thread)
+        self.pending -= times
         self.bytes += bytes_
         self._complete()
 
@@ -116,6 +134,9 @@ class Barrier:
     def _complete(self) -> None:
         if not self.pending and not self.bytes:
             self.phase, self.pending = self.phase + 1, self.count
+            if len(self.arrived) == self.threads:
+                self.ordered = self.since
+            self.arrived.clear()
 
     def landed(self):
         """The places of copies of complete phases, once."""

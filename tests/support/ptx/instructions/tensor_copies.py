@@ -1,7 +1,7 @@
 """Copies of boxes of arrays to shared memory (Hopper), and the barriers that wait for their bytes.
 
 A copy is done when it starts; its bytes may be touched after a wait for the barrier that counts
-them. All threads of a block wait together.
+them, for which all threads of a block wait together. A part of them may wait for arrivals alone.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def _barrier(machine, lane, block, place) -> Barrier:
     if barrier is None:
         raise Fault("an mbarrier that was not initialized")
     epoch, owner = barrier.ready
-    if epoch == machine.shared.epoch[block] and owner != lane:
+    if epoch >= machine.shared.ordered[lane] and owner != lane:
         raise Fault("a race: an mbarrier that another thread initialized, and no barrier between")
     return barrier
 
@@ -39,7 +39,8 @@ def initialize(machine, barrier, count):
         if place in machine.barriers:
             raise Fault("an mbarrier is initialized a second time")
         n = int(counts[lane])
-        machine.barriers[place] = Barrier(n, n, (int(machine.shared.epoch[block]), lane))
+        ready = int(machine.shared.epoch[block]), lane
+        machine.barriers[place] = Barrier(n, n, ready, machine.block_size)
 
 
 @executes("fence.mbarrier_init.release.cluster", counts=(0,))
@@ -62,8 +63,24 @@ def arrive(machine, state, barrier, expected):
     """
     machine.put(state, np.uint64(0))
     expected = machine.each(expected, "u32")
-    for lane, block, place in _places(machine, barrier):
-        _barrier(machine, lane, block, place).arrive(int(expected[lane]))
+    for one, lane, epoch in _arrivals(machine, barrier):
+        one.arrive(lane, epoch, bytes_=int(expected[lane]))
+
+
+@executes("mbarrier.arrive.release.cta.shared::cta.b64", counts=(3,))
+def arrive_so_often(machine, state, barrier, times):
+    """Arrive, as one thread or as several."""
+    machine.put(state, np.uint64(0))
+    times = machine.each(times, "u32")
+    for one, lane, epoch in _arrivals(machine, barrier):
+        one.arrive(lane, epoch, times=int(times[lane]))
+
+
+def _arrivals(machine, operand):
+    """(barrier, thread, epoch from which on it does what comes after its arrival)."""
+    found = [(_barrier(machine, *place), *place[:2]) for place in _places(machine, operand)]
+    machine.shared.arrival(np.unique([block for _, _, block in found]))
+    return [(one, lane, int(machine.shared.epoch[block])) for one, lane, block in found]
 
 
 @executes("mbarrier.try_wait.parity.shared.b64", counts=(3, 4))
@@ -73,7 +90,6 @@ def wait(machine, done, barrier, parity, limit=None):
     The time limit changes nothing, since here nothing happens while threads wait.
     """
     del limit
-    machine.whole(machine.block_size, "a wait for copies")
     parity = machine.each(parity, "u32")
     if (parity[machine.lanes] > 1).any():
         raise Fault("a parity that is neither 0 nor 1")
@@ -82,7 +98,9 @@ def wait(machine, done, barrier, parity, limit=None):
         one = _barrier(machine, lane, block, place)
         complete[lane] = one.phase % 2 != parity[lane]
         if complete[lane]:
+            machine.shared.order(lane, one.ordered)
             for offsets in one.landed():
+                machine.whole(machine.block_size, "a wait for copies")
                 machine.shared.land(offsets, 16)
     machine.put(done, complete)
 

@@ -60,14 +60,18 @@ def _places(machine, operand, rows, k_contiguous):
 
 
 def _shared_operand(machine, operand, rows, k_contiguous, kind):
-    """float32 [groups, rows, 16], and the 16-byte pieces that are read, with a thread of each."""
+    """float32 [groups, rows, 16], and the 16-byte pieces that are read, with a thread of each.
+
+    A piece that several warp groups read is there for each of them.
+    """
     places = _places(machine, operand, rows, k_contiguous)
     owner = WARP_GROUP * np.arange(len(places))
     threads = np.broadcast_to(owner[:, None, None], places.shape).reshape(-1)
     offsets = machine.shared.offsets(places.reshape(-1).astype(np.uint64), 2, threads)
     elements = machine.shared.bytes.view(TYPES[kind])[offsets // 2].reshape(places.shape)
-    pieces, first = np.unique(offsets // 16 * 16, return_index=True)
-    return elements.astype(np.float32), pieces, threads[first]
+    found = np.stack([threads, offsets // 16 * 16], -1)
+    readers, pieces = np.unique(found, axis=0).T
+    return elements.astype(np.float32), pieces, readers
 
 
 def _define(n, kind):
