@@ -157,7 +157,10 @@ over: mul.wide.u32 %d1, %t, 4; add.s64 %d2, %a, %d1; st.global.b32 [%d2], %r9;
 ARRIVE_SO_OFTEN = "mbarrier.arrive.release.cta.shared::cta.b64 _, [%r1], {};\n"
 
 
-def read_and_write(count=THREADS, arrive=ARRIVE_SO_OFTEN.format(1), wait=WAIT.format(0)):
+ARRIVE_ONCE, WAIT_ONCE = ARRIVE_SO_OFTEN.format(1), WAIT.format(0)
+
+
+def read_and_write(count=THREADS, arrive=ARRIVE_ONCE, wait=WAIT_ONCE):
     body = READ_AND_WRITE.format(count=count, arrive=arrive, wait=wait)
     np.testing.assert_array_equal(go(body, ARRAY, MAP), THREADS * [7])
 
@@ -172,12 +175,10 @@ def test_arrivals_of_all_threads_and_a_wait_of_some():
 
 NOT_ORDERED = {
     "no wait": {"wait": ""},
-    "no arrivals of those that read": {"count": 32, "arrive": "@!%p3 " + ARRIVE_SO_OFTEN.format(1)},
-    "no arrivals of those that wait": {"count": 32, "arrive": "@%p3 " + ARRIVE_SO_OFTEN.format(1)},
-    "a read after the arrival": {
-        "arrive": ARRIVE_SO_OFTEN.format(1) + "@%p3 ld.shared.b32 %r9, [%r0];\n"
-    },
-    "another thread's wait": {"wait": "@%p4 bra free; " + WAIT.format(0) + "free:"},
+    "no arrivals of those that read": {"count": 32, "arrive": "@!%p3 " + ARRIVE_ONCE},
+    "no arrivals of those that wait": {"count": 32, "arrive": "@%p3 " + ARRIVE_ONCE},
+    "a read after the arrival": {"arrive": ARRIVE_ONCE + "@%p3 ld.shared.b32 %r9, [%r0];\n"},
+    "another thread's wait": {"wait": "@%p4 bra free; " + WAIT_ONCE + "free:"},
 }
 
 

@@ -144,8 +144,8 @@ def launch(
         **({"num_threads": groups, "thread_name": "group"} if groups > 1 else {}),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # Threads meet in `commit_smem` or at `consumed`. Pallas would add barriers for reads and writes of
-            # shared memory by the program itself, of which there are none.
+            # Threads meet in `commit_smem` or at `consumed`. Pallas would add barriers for reads
+            # and writes of shared memory by the program itself, of which there are none.
             unsafe_no_auto_barriers=True,
         ),
         kernel_name=f"q4jax_{name}",

@@ -102,7 +102,7 @@ class SharedMemory:
         self.ordered.reshape(-1, self.threads)[blocks] = self.epoch[blocks, None]
 
     def arrival(self, blocks):
-        """Some threads of these blocks arrive at an mbarrier: what they do later is no part of it."""
+        """Some threads of these blocks arrive at an mbarrier; it orders nothing they do later."""
         self.epoch[blocks] += np.uint64(1)
 
     def order(self, thread, epoch):
