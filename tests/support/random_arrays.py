@@ -12,9 +12,9 @@ def normal(seed, *shape, dtype="float32"):
     return jnp.asarray(values.astype(jnp.dtype(dtype)))
 
 
-def random_weight(shape, blocksize=64, nested=True, quant_type="nf4", dtype="float32"):
+def random_weight(shape, blocksize=64, nested=True, quant_type="nf4", dtype="float32", seed=0):
     """A weight with any codes and any scales that are not negative."""
-    rng = np.random.default_rng(shape[0] + blocksize)
+    rng = np.random.default_rng(shape[0] + blocksize + 1_000_000 * seed)
     spec = QuantSpec.from_shape(shape, dtype, quant_type, blocksize, nested)
     packed = rng.integers(0, 256, spec.packed_shape, np.uint8)
     if nested:

@@ -9,6 +9,7 @@ and none passes through shared memory after it was decoded.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -16,6 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays, decode_absmax
 from q4jax.core.spec import QuantSpec
 from q4jax.pallas.mosaic_gpu.thread import Thread
@@ -32,12 +34,36 @@ QUAD = 4
 """The threads that share a row."""
 
 
-def operands(arrays: WeightArrays, spec: QuantSpec, weights: int) -> tuple[Array, Array]:
-    """Words of 8 codes, int32 [N, K / 8], and a float32 scale for each so many weights of a row."""
+def operands(
+    arrays: WeightArrays | ArraysInStack, spec: QuantSpec, weights: int
+) -> tuple[Array, Array, Array | None]:
+    """The arrays that kernels read of a weight [N, K].
+
+    Args:
+      arrays: the weight's, or a stack's of `count` weights.
+      spec: of the weight.
+      weights: of a row, that share a scale.
+
+    Returns:
+      Words of 8 codes, int32 [N, K / 8] or [count N, K / 8]; float32 scales [N, K / weights]; and
+      int32 [1], the first of the weight's rows of words, or None where there are no others.
+    """
     n, k = spec.shape
-    words = lax.bitcast_convert_type(arrays.packed.reshape(n, k // 8, 4), jnp.int32)
+    first = None
+    if isinstance(arrays, ArraysInStack):
+        stack, number = arrays.flat()
+
+        def cut(array: Array) -> Array:
+            return lax.dynamic_index_in_dim(array, number, keepdims=False)
+
+        packed, absmax, nested, offset = stack
+        if absmax.ndim == packed.ndim:  # otherwise it is the weight's own
+            absmax = cut(absmax)
+        arrays = WeightArrays(packed, absmax, *jax.tree.map(cut, (nested, offset)))
+        first = (number * n).reshape(1)
+    words = lax.bitcast_convert_type(arrays.packed.reshape(-1, k // 8, 4), jnp.int32)
     absmax = decode_absmax(arrays.absmax, arrays.nested_absmax, arrays.offset).reshape(n, -1)
-    return words, jnp.repeat(absmax, spec.blocksize // weights, axis=1)
+    return words, jnp.repeat(absmax, spec.blocksize // weights, axis=1), first
 
 
 def permute(x: Array, columns: int) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from q4jax.core import blockwise
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
@@ -33,7 +34,7 @@ class MosaicGPU:
     """
 
     name = _NAME
-    takes_stacks = False
+    takes_stacks = True
 
     def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
         """Raise NotImplementedError: there is no such kernel."""
@@ -48,7 +49,12 @@ class MosaicGPU:
         raise NotImplementedError(_UNSUPPORTED.format("dequantize a weight"))
 
     def linear(
-        self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
+        self,
+        x: Array,
+        arrays: WeightArrays | ArraysInStack,
+        bias: Array | None,
+        *,
+        spec: QuantSpec,
     ) -> Array:
         """Return `x @ W.T + bias`."""
         self._check(spec, x, columns=128)
@@ -57,7 +63,9 @@ class MosaicGPU:
         kernel = importlib.import_module("q4jax.pallas.mosaic_gpu.matmul").linear
         return kernel_call(_NAME, kernel, x, arrays, bias, spec=spec)
 
-    def linear_transpose(self, g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+    def linear_transpose(
+        self, g: Array, arrays: WeightArrays | ArraysInStack, *, spec: QuantSpec
+    ) -> Array:
         """Return `g @ W`."""
         self._check(spec, g, columns=256)
         if not g.shape[0]:

@@ -26,12 +26,15 @@ class Operand:
       transforms: how a tile lies in shared memory.
       place: (step, row, column) -> where a tile starts in the array; row and column are those of
         the program's tile of the result, in tiles, and steps are counted over all splits.
+      first: int32 [1], what is added to the row where a tile starts; a tile may then have rows of
+        the array that are not meant. None for 0.
     """
 
     array: Array
     tile: tuple[int, int]
     transforms: tuple[Any, ...]
     place: Callable[[Any, Any, Any], tuple[Any, Any]]
+    first: Array | None = None
 
     @property
     def bytes(self) -> int:
@@ -80,18 +83,23 @@ def launch(
       groups: warp groups of a program.
     """
     part = tile[0] // groups
+    firsts = [operand.first for operand in operands if operand.first is not None]
+    inputs = len(operands) + len(firsts)
     stages = min(_STAGES, steps, _SHARED_BYTES // sum(operand.bytes for operand in operands))
 
     def body(*refs: Any) -> None:
-        sources = refs[: len(operands)]
-        result, *buffers, arrived, consumed = refs[len(operands) :]
+        sources, named = refs[: len(operands)], iter(refs[len(operands) : inputs])
+        result, *buffers, arrived, consumed = refs[inputs:]
+        begins = [0 if operand.first is None else next(named)[0] for operand in operands]
         group = lax.axis_index("group") if groups > 1 else 0
         split, row, column = (lax.axis_index(axis) for axis in ("split", "row", "column"))
 
         def copy(step: Any, slot: Any) -> None:
-            for operand, source, buffer in zip(operands, sources, buffers, strict=True):
-                starts = operand.place(split * steps + step, row, column)
-                where = tuple(map(pl.ds, starts, operand.tile))
+            for operand, source, first, buffer in zip(
+                operands, sources, begins, buffers, strict=True
+            ):
+                start, *starts = operand.place(split * steps + step, row, column)
+                where = tuple(map(pl.ds, (first + start, *starts), operand.tile))
                 plgpu.copy_gmem_to_smem(source.at[where], buffer.at[slot], arrived.at[slot])
 
         def accumulate(total: Any) -> Array:
@@ -118,7 +126,7 @@ def launch(
             return total[...]
 
         @pl.when(group == 0)
-        def first() -> None:
+        def start() -> None:
             for step in range(stages):
                 copy(step, step)
 
@@ -141,7 +149,8 @@ def launch(
         ),
         grid=(splits, *tiles),
         grid_names=("split", "row", "column"),
-        **({"num_threads": groups, "thread_name": "group"} if groups > 1 else {}),
+        num_threads=groups if groups > 1 else None,
+        thread_name="group" if groups > 1 else None,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             # Threads meet in `commit_smem` or at `consumed`. Pallas would add barriers for reads
@@ -150,4 +159,4 @@ def launch(
         ),
         kernel_name=f"q4jax_{name}",
     )
-    return kernel(*(operand.array for operand in operands)).sum(0)
+    return kernel(*(operand.array for operand in operands), *firsts).sum(0)

@@ -7,6 +7,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.pallas.mosaic_gpu import fragments
@@ -29,7 +30,9 @@ def choose(m: int, spec: QuantSpec) -> tuple[int, int, int]:
     return -(-m // 8) * 8, 256 if wide else 128, 1
 
 
-def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec) -> Array:
+def linear(
+    x: Array, arrays: WeightArrays | ArraysInStack, bias: Array | None, *, spec: QuantSpec
+) -> Array:
     """[M, K] -> [M, N] in x's dtype, bfloat16 or float16.
 
     Scales are decoded before the call, one for each quarter of a row of a tile.
@@ -39,7 +42,7 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
     height = groups * ROWS
     tiles = -(-n // height), -(-m // rows)
     steps, splits = share(tiles[0] * tiles[1], k // columns, groups)
-    words, scales = fragments.operands(arrays, spec, columns // QUAD)
+    words, scales, first = fragments.operands(arrays, spec, columns // QUAD)
     x = jnp.pad(x, ((0, -m % rows), (0, 0)))
 
     def multiply(total: Any, words: Any, scales: Any, x_tile: Any) -> None:
@@ -57,6 +60,7 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
                 (height, columns // 8),
                 fragments.word_transforms(columns),
                 lambda step, row, _: (row * height, step * (columns // 8)),
+                first,
             ),
             Operand(scales, (height, QUAD), (), lambda step, row, _: (row * height, step * QUAD)),
             Operand(

@@ -7,6 +7,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.pallas.mosaic_gpu import fragments
@@ -26,7 +27,7 @@ def choose(m: int) -> tuple[int, int]:
     return min(64, -(-m // 8) * 8), 512 if m <= 16 else 256
 
 
-def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
+def linear_transpose(g: Array, arrays: WeightArrays | ArraysInStack, *, spec: QuantSpec) -> Array:
     """[M, N] -> [M, K] in g's dtype, bfloat16 or float16.
 
     Scales are decoded before the call, one for 64 weights or fewer.
@@ -36,7 +37,7 @@ def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Arra
     block = min(64, spec.blocksize)
     tiles = -(-k // columns), -(-m // rows)
     steps, splits = share(tiles[0] * tiles[1], -(-n // _ROWS))
-    words, scales = fragments.operands(arrays, spec, block)
+    words, scales, start = fragments.operands(arrays, spec, block)
     g = jnp.pad(g, ((0, -m % rows), (0, -n % _ROWS)))
 
     def multiply(total: Any, words: Any, scales: Any, g_tile: Any) -> None:
@@ -52,17 +53,23 @@ def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Arra
             )
             plgpu.wgmma(total, weights, g_tile.at[:, pl.ds(first, DEPTH)].T)
 
-    def of_weight(array: Array, weights: int, transforms: tuple[Any, ...]) -> Operand:
+    def of_weight(
+        array: Array, weights: int, transforms: tuple[Any, ...], start: Array | None = None
+    ) -> Operand:
         """An operand that has an element for so many weights of a row."""
         width = columns // weights
         return Operand(
-            array, (_ROWS, width), transforms, lambda step, row, _: (step * _ROWS, row * width)
+            array,
+            (_ROWS, width),
+            transforms,
+            lambda step, row, _: (step * _ROWS, row * width),
+            start,
         )
 
     total = launch(
         "linear_transpose",
         [
-            of_weight(words, 8, fragments.TRANSPOSED_WORDS),
+            of_weight(words, 8, fragments.TRANSPOSED_WORDS, start),
             of_weight(scales, block, ()),
             Operand(
                 g, (rows, _ROWS), _SWIZZLED, lambda step, _, column: (column * rows, step * _ROWS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import q4jax
+from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.ops import registry
 from tests.support.gpu.aot import needs_aot
 from tests.support.gpu.ptxas import assemble
@@ -101,7 +102,7 @@ def test_two_warp_groups():
 def test_gradient():
     """Of a public call, mapped over x and the weight: one launch each way."""
     executor = Executor("sm_90")
-    many = [random_weight((72, 256), 64, True, dtype="bfloat16") for _ in range(2)]
+    many = [random_weight((72, 256), 64, True, dtype="bfloat16", seed=i) for i in range(2)]
     stack = jax.tree.map(lambda *a: jnp.stack(a), *many)
     x, g = normal(1, 2, 5, 256, dtype="bfloat16"), normal(2, 2, 5, 72, dtype="bfloat16")
     matmul = functools.partial(q4jax.matmul_4bit, implementation="mosaic_gpu")
@@ -116,6 +117,37 @@ def test_gradient():
         assert_product(y[i], x[i], w, roundings=ROUNDINGS)
         assert_product(dx[i], g[i], w.T, roundings=ROUNDINGS)
     assert [e.name for e in executor.launches] == ["q4jax_linear", "q4jax_linear_transpose"]
+
+
+@pytest.mark.parametrize(("m", "n", "nested"), [(5, 72, True), (65, 72, False)])
+def test_a_weight_of_a_stack(m, n, nested):
+    """It is read in its place, also where a tile has rows of the next weight or none."""
+    many = [random_weight((n, 256), 64, nested, seed=i, dtype="bfloat16") for i in range(3)]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *many)
+    x, g = normal(1, m, 256, dtype="bfloat16"), normal(2, m, n, dtype="bfloat16")
+
+    def both(x, g, number):
+        weight = q4jax.weight_of_stack(stack, number)
+        y, vjp = jax.vjp(lambda x: q4jax.matmul_4bit(x, weight, implementation="mosaic_gpu"), x)
+        return y, *vjp(g)
+
+    for number in (1, 7):  # clipped
+        executor = Executor("sm_90")
+        y, dx = executor(both, x, g, jnp.int32(number))
+        w = decoded(many[min(number, 2)])
+        assert_product(y, x, w, roundings=ROUNDINGS)
+        assert_product(dx, g, w.T, roundings=ROUNDINGS)
+        assert [e.operands[0].shape for e in executor.launches] == 2 * [(3 * n, 32)]
+
+
+def test_a_weight_of_a_stack_with_its_own_scales():
+    """As a device has them whose part of a stack is some of each weight's rows."""
+    weight, other = (random_weight((72, 256), 64, False, "fp4", "float16", i) for i in range(2))
+    packed = jnp.stack([other.packed, weight.packed])
+    arrays = ArraysInStack(weight.arrays._replace(packed=packed), (jnp.int32(1),))
+    x = normal(1, 3, 256, dtype="float16")
+    y = call(Executor("sm_90"), "linear", x, arrays, None, spec=weight.quant_state.spec)
+    assert_product(y, x, decoded(weight), roundings=ROUNDINGS)
 
 
 def test_scales_that_are_not_finite():

@@ -4,6 +4,7 @@ Needs the extra `aot`.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -15,6 +16,7 @@ import q4jax
 from q4jax.models import Llama, LlamaConfig
 from q4jax.models.decoder.experts_config import ExpertsConfig
 from q4jax.pallas.implementation import Pallas
+from q4jax.pallas.mosaic_gpu.implementation import MosaicGPU
 from tests.support.gpu.aot import needs_aot
 from tests.support.gpu.targets import compile_for, mesh_of
 
@@ -82,6 +84,45 @@ def test_no_weight_is_copied(name, program):
     text = programs(name)[program]
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') >= 7
     assert made_of_codes(text) == []
+
+
+def scanned_by_mosaic():
+    """Products with the weights of a stack, and their gradient, compiled for an H200."""
+    stack = jax.eval_shape(
+        jax.vmap(q4jax.Params4bit.quantize), jax.ShapeDtypeStruct((3, 256, 256), jnp.bfloat16)
+    )
+
+    def gradient(x, stack):
+        def layer(x, number):
+            weight = q4jax.weight_of_stack(stack, number)
+            return q4jax.matmul_4bit(x, weight, implementation="mosaic_gpu"), None
+
+        def loss(x):
+            return jax.nn.logsumexp(jax.lax.scan(layer, x, jnp.arange(3))[0].astype(jnp.float32))
+
+        return jax.grad(loss)(x)
+
+    x = jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)
+    return compile_for(mesh_of("sm_90"), gradient, x, stack).as_text()
+
+
+def written_codes(text):
+    """Instructions whose results are as large as the codes of a weight, and not free."""
+    found = [
+        (op, [int(n) for n in sizes.split(",") if n]) for _, sizes, op in _RESULT.findall(text)
+    ]
+    return [one for one in found if one[0] not in _FREE and math.prod(one[1]) >= 256 * 256 // 8]
+
+
+@pytest.mark.slow
+def test_no_weight_is_copied_for_mosaic_gpu(monkeypatch):
+    text = scanned_by_mosaic()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
+    assert written_codes(text) == []
+    monkeypatch.setattr(MosaicGPU, "takes_stacks", False)
+    jax.clear_caches()
+    assert len(written_codes(scanned_by_mosaic())) >= 2
+    jax.clear_caches()
 
 
 def test_without_stacks_they_are(monkeypatch):

@@ -162,7 +162,7 @@ _INSTRUCTIONS = [
         rf"getelementptr (?:inbounds )?(?:nuw )?(ptr|i64|i32|i8), ptr ({_VALUE}), i\d+ ({_VALUE})",
         "element",
     ),
-    (rf"getelementptr \{{.*\}}, ptr ({_VALUE}), i32 0, i32 ([01])", "field"),
+    (rf"getelementptr \{{.*\}}, ptr ({_VALUE}), i32 0, i32 (\d)", "field"),
     (r"alloca .*", "allocate"),
     (rf"load \[(\d+) x i8\], ptr ({_VALUE}), align \d+", "load_bytes"),
     (rf"load {_TYPE}, ptr ({_VALUE}), align \d+", "load"),
