@@ -24,7 +24,6 @@ HARMLESS = [
         2,
         "until the next barrier threads read what they have copied themselves",
     ),
-    (r"constant \+ 1: bar\.sync", 3, "all threads meet at another of the 16 barriers"),
     (
         r".*: wgmma\.(commit|wait)_group",
         3,

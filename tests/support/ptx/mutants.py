@@ -79,6 +79,8 @@ def _changes(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
             other = ".".join(filter(None, [*pieces[:i], _EXCHANGED[piece], *pieces[i + 1 :]]))
             yield f"to {other}", change(instruction, opcode=other)
     for i, operand in enumerate(operands):
+        if pieces[0] == "bar":
+            continue  # all threads would meet at another of the 16 barriers
         if "wait_group" in opcode and operand.value:
             yield "constant + 1", change(instruction, operands=(Immediate(operand.value + 1),))
             continue  # to wait for more than is needed is no fault
