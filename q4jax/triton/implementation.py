@@ -5,27 +5,20 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from q4jax.core import blockwise
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
+from q4jax.gpu.products_only import ProductsOnly
 from q4jax.gpu.requirements import check_rows, check_size
 from q4jax.triton.requirements import check
-
-_UNSUPPORTED = (
-    "implementation='triton' has the products and their gradients only; "
-    "to {} a weight, 'pallas', 'xla' and None work"
-)
-
 
 # Of the up to 256 rows of a tile, the first has a 64-bit address, to which the kernels add.
 _LONGEST_AXIS = 2**31 // 256 - 256
 
 
-class Triton:
+class Triton(ProductsOnly):
     """The products by the Triton kernels.
 
     They serve every quant type, block size and float dtype, plain and nested scales, any M and N,
@@ -35,18 +28,6 @@ class Triton:
 
     name = "triton"
     takes_stacks = False
-
-    def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Raise NotImplementedError: there is no such kernel."""
-        raise NotImplementedError(_UNSUPPORTED.format("quantize"))
-
-    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
-        """Return the 8-bit codes, nested scales and offset of plain scales, in plain XLA."""
-        return blockwise.double_quantize(absmax)
-
-    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
-        """Raise NotImplementedError: there is no such kernel."""
-        raise NotImplementedError(_UNSUPPORTED.format("dequantize"))
 
     def linear(
         self, x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpec
@@ -63,10 +44,6 @@ class Triton:
         if not g.shape[0]:
             return jnp.zeros((0, spec.shape[1]), g.dtype)
         return kernel_call("triton", _launch().linear_transpose, g, arrays, spec=spec)
-
-    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
-        """Return False: `implementation=None` never takes it."""
-        return False
 
     def _check(self, spec: QuantSpec) -> None:
         check()

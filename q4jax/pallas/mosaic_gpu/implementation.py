@@ -2,30 +2,24 @@
 
 import importlib
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from q4jax.core import blockwise
 from q4jax.core.arrays_in_stack import ArraysInStack
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
+from q4jax.gpu.products_only import ProductsOnly
 from q4jax.gpu.requirements import check_rows, check_size
 
 _NAME = "mosaic_gpu"
-_UNSUPPORTED = (
-    f"implementation={_NAME!r} has the product `x @ W.T` and its gradient only; "
-    "to {}, 'pallas', 'xla' and None work"
-)
 _DTYPES = ("bfloat16", "float16")
 _MOST_RESULTS = 2**29  # 2 GiB in float32, whose addresses 32 bits hold
 
 
-class MosaicGPU:
+class MosaicGPU(ProductsOnly):
     """The products of 16-bit activations with a weight, on GPUs of compute capability 9.0.
 
     It serves every quant type and block size, plain and nested scales, any M, any N that is a
@@ -35,18 +29,6 @@ class MosaicGPU:
 
     name = _NAME
     takes_stacks = True
-
-    def quantize(self, w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
-        """Raise NotImplementedError: there is no such kernel."""
-        raise NotImplementedError(_UNSUPPORTED.format("quantize a weight"))
-
-    def double_quantize(self, absmax: Array) -> tuple[Array, Array, Array]:
-        """Return the 8-bit codes, nested scales and offset of plain scales, in plain XLA."""
-        return blockwise.double_quantize(absmax)
-
-    def dequantize(self, arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:
-        """Raise NotImplementedError: there is no such kernel."""
-        raise NotImplementedError(_UNSUPPORTED.format("dequantize a weight"))
 
     def linear(
         self,
@@ -72,10 +54,6 @@ class MosaicGPU:
             return jnp.zeros((0, spec.shape[1]), g.dtype)
         kernel = importlib.import_module("q4jax.pallas.mosaic_gpu.matmul_transpose")
         return kernel_call(_NAME, kernel.linear_transpose, g, arrays, spec=spec)
-
-    def is_preferred(self, op: str, dtype: np.dtype[Any], rows: int | None) -> bool:
-        """Return False: `implementation=None` never takes it."""
-        return False
 
     def _check(self, spec: QuantSpec, operand: Array, columns: int) -> None:
         if jax.__version_info__ < (0, 11):
