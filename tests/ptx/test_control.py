@@ -172,7 +172,7 @@ def test_no_end():
 
 UNKNOWN = {
     "popc.b32 %r1, %t;": "popc.b32",
-    "add.f32 %r1, %t, %t;": "add.f32",  # the assembler may fuse it with a product
+    "mul.f32 %r1, %t, %t;": "mul.f32",  # the assembler may fuse it with a sum
     "add.rn.ftz.f32 %r1, %t, %t;": "add.rn.ftz.f32",
     "rcp.approx.f32 %r1, %t;": "rcp.approx.f32",
     "div.full.f32 %r1, %t, %t;": "div.full.f32",

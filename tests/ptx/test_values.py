@@ -86,9 +86,15 @@ def extreme(pick):
     return choose
 
 
+def subtract(a, b):
+    return a - b
+
+
 ARITHMETIC = {
+    "add": add,
     "add.rn": add,
-    "sub.rn": lambda a, b: a - b,
+    "sub": subtract,
+    "sub.rn": subtract,
     "mul.rn": lambda a, b: a * b,
     "div.rn": divide,
     "rcp.rn": lambda a: divide(Fraction(1), a),

@@ -1,7 +1,8 @@
 """Arithmetic on integers and on floats.
 
-Floating point is IEEE's, subnormal numbers included: forms that flush them (`.ftz`), that
-approximate, or that the assembler may fuse (`add.f32` without a rounding) are not in the table.
+Floating point is IEEE's, subnormal numbers included: forms that flush them (`.ftz`) or that
+approximate are not in the table. Nor is `mul.f32` without a rounding, which the assembler may fuse
+with a sum. Without it, a sum that names no rounding has nothing to be fused with.
 """
 
 import numpy as np
@@ -124,8 +125,9 @@ def _extreme(pick, zeros):
 
 
 one, two, three = "f32 = f32", "f32 = f32 f32", "f32 = f32 f32 f32"
-define("add.rn.f32", two, _one_nan(np.add))
-define("sub.rn.f32", two, _one_nan(np.subtract))
+for rounding in ("", ".rn"):
+    define(f"add{rounding}.f32", two, _one_nan(np.add))
+    define(f"sub{rounding}.f32", two, _one_nan(np.subtract))
 define("mul.rn.f32", two, _one_nan(np.multiply))
 define("div.rn.f32", two, _one_nan(np.divide))
 define("rcp.rn.f32", one, _one_nan(lambda a: np.float32(1) / a))
