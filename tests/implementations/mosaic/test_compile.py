@@ -26,16 +26,16 @@ PER_1024 = {
     Job("linear", "v5e"): 1.85,
     Job("linear", "v6e"): 2.05,
     Job("linear", "v5e", nested=True): 1.85,
-    Job("linear", "v5e", blocksize=32): 2.30,
+    Job("linear", "v5e", blocksize=32): 2.35,
     Job("linear", "v5e", blocksize=4096): 1.75,
     Job("linear", "v5e", k=14336): 1.85,
-    Job("gradient", "v5e"): 1.85,
+    Job("gradient", "v5e"): 1.90,
     Job("gradient", "v6e"): 2.10,
     Job("linear", "v5e", dtype="float32"): 4.00,
 }
 # Times the cycles that the matrix units take for the products themselves.
 OF_PRODUCTS = {
-    Job("linear", "v5e", m=512): 0.95,
+    Job("linear", "v5e", m=512): 1.00,
     Job("linear", "v6e", m=512): 1.40,
     Job("gradient", "v5e", m=512): 1.05,
     Job("gradient", "v6e", m=512): 1.70,
