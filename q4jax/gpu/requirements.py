@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,19 +49,25 @@ def check_size(implementation: str, blocks: int) -> None:
         )
 
 
-def check_devices(implementation: str = "pallas") -> None:
-    """Raise NotImplementedError where a visible GPU is older than Ampere (sm_80).
+def check_devices(
+    implementation: str = "pallas",
+    serves: Callable[[int], bool] = lambda major: major >= 8,
+    needs: str = "8.0 (Ampere) or newer",
+) -> None:
+    """Raise NotImplementedError where a visible GPU is not one that an implementation serves.
 
     Args:
       implementation: which one asks, for the error.
+      serves: whether it does, by the first number of a GPU's compute capability.
+      needs: what it serves, for the error.
     """
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
         if device.platform != "gpu" or not isinstance(capability, str):
             continue
-        major, _, minor = capability.partition(".")
-        if major.isdigit() and int(major) < 8:
+        major = capability.partition(".")[0]
+        if major.isdigit() and not serves(int(major)):
             raise NotImplementedError(
-                f"implementation={implementation!r} needs compute capability 8.0 (Ampere) or "
-                f"newer; {device.device_kind} has {major}.{minor}; 'xla' and None work"
+                f"implementation={implementation!r} needs compute capability {needs}; "
+                f"{device.device_kind} has {capability}; 'xla' and None work"
             )

@@ -12,7 +12,7 @@ from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.gpu.cuda_call import kernel_call
 from q4jax.gpu.products_only import ProductsOnly
-from q4jax.gpu.requirements import check_rows, check_size
+from q4jax.gpu.requirements import check_devices, check_rows, check_size
 
 _NAME = "mosaic_gpu"
 _DTYPES = ("bfloat16", "float16")
@@ -61,7 +61,7 @@ class MosaicGPU(ProductsOnly):
                 f"implementation={_NAME!r} needs jax 0.11; this is {jax.__version__}; 'pallas', "
                 f"'xla' and None work"
             )
-        _check_devices()
+        check_devices(_NAME, lambda major: major == 9, "9.0 (Hopper)")
         check_rows(_NAME, spec)
         check_size(_NAME, math.prod(spec.shape) // spec.blocksize)
         n, k = spec.shape
@@ -81,15 +81,4 @@ class MosaicGPU(ProductsOnly):
                 f"implementation={_NAME!r} serves products of at most {_MOST_RESULTS} elements; "
                 f"{operand.shape[0]} rows have {operand.shape[0] * max(n, k)}; 'pallas', 'xla' and "
                 "None work"
-            )
-
-
-def _check_devices() -> None:
-    """Raise NotImplementedError where a visible GPU is none of Hopper's."""
-    for device in jax.devices():
-        capability = getattr(device, "compute_capability", None)
-        if device.platform == "gpu" and isinstance(capability, str) and capability != "9.0":
-            raise NotImplementedError(
-                f"implementation={_NAME!r} needs compute capability 9.0 (Hopper); "
-                f"{device.device_kind} has {capability}; 'pallas', 'xla' and None work"
             )
