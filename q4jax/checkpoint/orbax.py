@@ -75,8 +75,9 @@ def restore(
       path: its directory. A step of a `CheckpointManager` is one too.
       target: what to restore: a tree like the one saved, with arrays or, as `nnx.eval_shape` and
         `jax.eval_shape` make it, `jax.ShapeDtypeStruct`s. Arrays are placed as those of the target
-        are (`sharding`), numpy arrays stay numpy. It is not changed. None: nested dicts and lists
-        as saved, on the default device, with every `Params4bit` rebuilt.
+        are (`sharding`, and `format` where the layout is not the default one), numpy arrays stay
+        numpy. It is not changed. None: nested dicts and lists as saved, on the default device,
+        with every `Params4bit` rebuilt.
       verify: compare the sha256 of every array with the one it had when it was saved.
       partial: the target may leave out parts of the checkpoint, such as the optimizer; they are not
         read, and each is named in the log ("q4jax", at level INFO).
@@ -191,7 +192,8 @@ def _restore_args(wanted: ArrayTarget) -> ocp.RestoreArgs:
     if isinstance(wanted, np.ndarray):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # With the shape, Orbax refuses an array of another one before it allocates it.
-    return ocp.ArrayRestoreArgs(sharding=wanted.sharding, global_shape=wanted.shape)
+    where = wanted.sharding if wanted.format.layout is None else wanted.format
+    return ocp.ArrayRestoreArgs(sharding=where, global_shape=wanted.shape)
 
 
 def read_sized(

@@ -112,8 +112,17 @@ def _array_target(name: str, entry: Entry, wanted: Any) -> ArrayTarget:
         return np.broadcast_to(np.zeros((), dtype), shape)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{name} is {entry['data']}, which JAX holds with jax_enable_x64 only")
-    sharding = getattr(wanted, "sharding", None) if entry["kind"] != "key" else None
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or jnp.zeros(()).sharding)
+    where = _placed(wanted) if entry["kind"] != "key" else None
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where or jnp.zeros(()).sharding)
+
+
+def _placed(wanted: Any) -> Any:
+    """Return the sharding of an array; its format where its layout is not the default one."""
+    found = getattr(wanted, "format", None)
+    order = getattr(getattr(found, "layout", None), "major_to_minor", None)
+    if order is not None and order != tuple(range(len(order))):
+        return found
+    return getattr(wanted, "sharding", None)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -5,15 +5,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
 from q4jax.core.state import QuantState
 from q4jax.ops.params import Params4bit
 
 Placement = (
-    Callable[[str, jax.ShapeDtypeStruct], Sharding | None] | Mapping[str, Sharding] | Sharding
+    Callable[[str, jax.ShapeDtypeStruct], Sharding | Format | None]
+    | Mapping[str, Sharding | Format]
+    | Sharding
 )
 """A function from an array's name and shape to its sharding, a mapping from names, or one sharding.
+
+A `jax.experimental.layout.Format` in the place of a sharding gives the layout in memory too.
 
 The arrays of a 4-bit weight are named `<weight>.packed`, `<weight>.absmax`,
 `<weight>.nested_absmax` and `<weight>.offset`. An array goes to the default device where the

@@ -160,13 +160,17 @@ def _report(compiled, folder):
             name = re.search(r"q4jax_tpu_([a-z_]+)", file)[1]
             with open(file) as code:
                 bundles[name] = _bundles(code.read())
-    moved = re.findall(r" = u8\[([\d,]+)\]\S* (?:copy|transpose|dynamic-slice|fusion)\(", text)
-    sizes = [math.prod(map(int, shape.split(","))) for shape in moved]
     return {
         "bundles": bundles,
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
-        "moved": max(sizes, default=0),
+        "moved": bytes_moved(text),
     }
+
+
+def bytes_moved(text):
+    """The size of the largest array of bytes that a program's HLO copies, cuts or transposes."""
+    moved = re.findall(r" = u8\[([\d,]+)\]\S* (?:copy|transpose|dynamic-slice|fusion)\(", text)
+    return max((math.prod(map(int, shape.split(","))) for shape in moved), default=0)
 
 
 def _bundles(code):
