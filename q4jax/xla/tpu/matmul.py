@@ -4,6 +4,7 @@ The high nibbles of a weight's bytes are its even columns and the low ones its o
 decoded apart, and it is x that is split into even and odd columns: a product is the sum of two.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,13 @@ from q4jax.core import codebooks
 from q4jax.core.blockwise import WeightArrays
 from q4jax.core.spec import QuantSpec
 from q4jax.xla.tpu import lanes, scales
-from q4jax.xla.tpu.chunks import over_rows
+from q4jax.xla.tpu.chunks import ROWS, cut, over, over_rows
 
 _FEW_ROWS = 128
 _CHUNK_ELEMENTS = 2**24  # of the weight, decoded at a time: they fit into a TPU's own memory
-_CHUNK_BESIDE_MANY_ROWS = 2**23  # leaves room for the split x of many rows, and for their sums
-_SMALL_SUMS = 2**26  # bytes; larger ones are read and written for each chunk
+_CHUNK_BESIDE_MANY_ROWS = 2**23  # leaves room for the split x of many rows
+_COLUMNS = 256  # of the weight, whose bytes lie in whole registers
+_FEWEST_COLUMNS = 1024  # of a result that are made at a time, since each run of them reads g
 _DENSE_CHUNK_ELEMENTS = 2**21
 _ROWS_A_WORD = 4
 
@@ -43,20 +45,41 @@ def linear(x: Array, arrays: WeightArrays, bias: Array | None, *, spec: QuantSpe
 
 
 def linear_transpose(g: Array, arrays: WeightArrays, *, spec: QuantSpec) -> Array:
-    """Return `g @ W` for `g [M, N]`: `[M, K]` in g's dtype."""
+    """Return `g @ W` for `g [M, N]`: `[M, K]` in g's dtype.
 
-    def part(
-        total: tuple[Array, Array], first: int | Array, packed: Array, absmax: Array
-    ) -> tuple[Array, Array]:
-        own = lax.dynamic_slice_in_dim(g, first, len(packed), 1)
-        product = _transpose_by_words if _by_words(g, packed) else _transpose_by_rows
-        found = product(own, packed, absmax, spec)
-        return total[0] + found[0], total[1] + found[1]
+    The result is made by runs of its columns, so that float32 sums over chunks of the weight's
+    rows stay in a TPU's own memory; a run has one chunk where its rows are few enough.
+    """
+    absmax, spec = _blocks_in_chunks(arrays.absmax, spec)
+    n, half = arrays.packed.shape
+    elements = _chunk_elements(g, arrays)
+    product = _transpose_by_words if _by_words(g, arrays.packed) else _transpose_by_rows
 
-    zeros = jnp.zeros((len(g), arrays.packed.shape[1]), jnp.float32)
-    elements = _CHUNK_ELEMENTS if 8 * zeros.size > _SMALL_SUMS else _chunk_elements(g, arrays)
-    even, odd = _chunks(part, (zeros, zeros), arrays, elements)
-    return lanes.interleave(even.astype(g.dtype), odd.astype(g.dtype))
+    def columns(y: Array, column: int | Array, width: int) -> Array:
+        def rows(sums: tuple[Array, Array], row: int | Array, count: int) -> tuple[Array, Array]:
+            packed, own_scales = (
+                cut(array, (row, column // weights), (count, width // weights))
+                for array, weights in ((arrays.packed, 2), (absmax, spec.blocksize))
+            )
+            found = product(cut(g, (0, row), (len(g), count)), packed, own_scales, spec)
+            return sums[0] + found[0], sums[1] + found[1]
+
+        zeros = jnp.zeros((len(g), width // 2), jnp.float32)
+        even, odd = over(rows, (zeros, zeros), n, most=elements // width, unit=ROWS)
+        found = lanes.interleave(even.astype(g.dtype), odd.astype(g.dtype))
+        return lax.dynamic_update_slice_in_dim(y, found, column, 1)
+
+    y = jnp.zeros((len(g), 2 * half), g.dtype)
+    most = max(elements // n, _FEWEST_COLUMNS)
+    return over(columns, y, 2 * half, most=most, unit=_COLUMNS)
+
+
+def _blocks_in_chunks(absmax: Array, spec: QuantSpec) -> tuple[Array, QuantSpec]:
+    """Take a block for several of the size of a chunk's unit, where it is larger."""
+    several = spec.blocksize // _COLUMNS
+    if several <= 1:
+        return absmax, spec
+    return jnp.repeat(absmax, several, axis=1), dataclasses.replace(spec, blocksize=_COLUMNS)
 
 
 def dequantize(arrays: WeightArrays, *, spec: QuantSpec, dtype: np.dtype[Any]) -> Array:

@@ -93,6 +93,18 @@ def test_a_gradient(rows, most_cycles):
     assert not re.search(r" (gather|sort|scatter)\(", program.text)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "rows"),
+    [(4096, 8192, 2048), (4096, 14336, 2048), (14336, 4096, 2048), (128256, 4096, 2048)],
+    ids=str,
+)
+def test_a_gradient_of_a_large_weight(n, k, rows):
+    """Float32 sums of the size of the result, 117 MB for the second, would be temporaries."""
+    operands = struct(rows, k), weight_of(n, k), struct(rows, n)
+    program = compiled(gradient, *on_one("v5e", operands))
+    assert program.temporary <= 2e6  # 1.3e6 for the last and none for the others
+
+
 @pytest.mark.parametrize("rows", [8, 128])
 def test_a_wide_weight_is_decoded_a_chunk_at_a_time(rows):
     n, k = 28672, 8192

@@ -43,6 +43,7 @@ def small_chunks(monkeypatch):
     """Loops of several steps and a rest."""
     monkeypatch.setattr(matmul, "_CHUNK_ELEMENTS", 32 * 128)
     monkeypatch.setattr(matmul, "_CHUNK_BESIDE_MANY_ROWS", 32 * 128)
+    monkeypatch.setattr(matmul, "_FEWEST_COLUMNS", 256)
     monkeypatch.setattr(matmul, "_DENSE_CHUNK_ELEMENTS", 32 * 128)
     monkeypatch.setattr(quantize, "_TILE_ELEMENTS", 32 * 128)
 
@@ -57,6 +58,17 @@ def test_chunks_of_rows(n, rows, small_chunks):
     assert_product(ops.linear_transpose(g, weight.arrays, spec=spec), g, w.T, roundings=16)
     found = ops.dequantize(weight.arrays, spec=spec, dtype=np.dtype("float32"))
     assert oracle.same_bits(found, w)
+
+
+@pytest.mark.parametrize("rows", [3, 130])
+@pytest.mark.parametrize("n", [12, 13, 40])
+@pytest.mark.parametrize(("columns", "blocksize"), [(576, 64), (1024, 512), (1024, 256)])
+def test_chunks_of_columns_of_a_gradient(columns, blocksize, n, rows, small_chunks):
+    """One, or 32 and 8, of rows; those of columns have a rest, or cut through blocks."""
+    weight = random_weight((n, columns), blocksize, True, "nf4")
+    g = normal(2, rows, n)
+    found = ops.linear_transpose(g, weight.arrays, spec=weight.quant_state.spec)
+    assert_product(found, g, decoded(weight).T, roundings=16)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(90, {90}), (128, {64}), (200, {96, 8}), (288, {96})])
