@@ -15,7 +15,7 @@ from q4jax.core.spec import QuantSpec
 from q4jax.xla.matmul import finish, tiled_flat
 from q4jax.xla.tpu import matmul, scales
 from q4jax.xla.tpu.quantize import double_quantize as double_quantize
-from q4jax.xla.tpu.quantize import quantize_rows
+from q4jax.xla.tpu.quantize import quantize_rows, ravel
 
 _COLUMNS = 4096  # of the matrix that a flat weight is taken for: whole blocks of every size
 
@@ -25,7 +25,7 @@ def quantize(w: Array, *, spec: QuantSpec) -> tuple[Array, Array]:
     if spec.in_rows:
         found = quantize_rows(w.reshape(-1, w.shape[-1]), spec=spec)
         return blockwise.in_layout(w.shape, *found, spec)
-    flat, size = w.ravel(), w.size
+    flat, size = ravel(w), w.size
     padded = jnp.pad(flat, (0, -size % _COLUMNS)).reshape(-1, _COLUMNS)
     packed, absmax = (a.ravel() for a in quantize_rows(padded, spec=spec))
     if not size % spec.blocksize:

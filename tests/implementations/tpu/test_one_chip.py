@@ -127,9 +127,10 @@ def test_a_product_in_the_flat_layout(rows):
     assert program.temporary <= 0.1 * n * k * BYTES
 
 
+@pytest.mark.parametrize("columns", [4096, 4104], ids=["rows", "flat"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_quantizing(nested):
-    n = k = 4096
+def test_quantizing(nested, columns):
+    n, k = 4096, columns
     program = compiled(lambda w: quantize(w, nested=nested), *on_one("v5e", (struct(n, k),)))
     assert program.cpu_seconds <= 8
     assert program.temporary <= 0.1 * n * k * BYTES

@@ -96,6 +96,18 @@ def test_chunks_of_a_weight_to_quantize(n, small_chunks):
     np.testing.assert_array_equal(np.ravel(found), absmax)
 
 
+@pytest.mark.parametrize("shape", [(70,), (101, 130), (3, 67, 36), (4, 5)])
+def test_ravel(shape, small_chunks):
+    w = normal(0, *shape)
+    np.testing.assert_array_equal(quantize.ravel(w), w.ravel())
+
+
+@pytest.mark.parametrize(("rows", "loops"), [(2**31 // 96, True), (2**31 // 96 + 1, False)])
+def test_ravel_of_more_numbers_than_int32_counts(rows, loops):
+    w = jax.ShapeDtypeStruct((rows, 96), jnp.bfloat16)
+    assert ("dynamic_update_slice" in str(jax.make_jaxpr(quantize.ravel)(w))) == loops
+
+
 @pytest.mark.parametrize("first", [(0, 0), (6, 0), (18, 5)])
 def test_a_part_of_nested_scales(first):
     absmax = jnp.abs(normal(4, 24, 50)) + 1
