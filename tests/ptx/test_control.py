@@ -230,7 +230,7 @@ FORMS = {
     "bra": 2,
     "ret": 1,
     "exit": 1,
-    "bar": 2,
+    "bar": 3,
     "barrier": 2,
     "mbarrier": 6,
     "prefetch": 1,

@@ -53,6 +53,39 @@ def test_two_accesses(first, second, other):
             go(start, one, two, output("%t"))
 
 
+WARP_BARRIER = "bar.warp.sync -1;\n"
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(ACCESS, ACCESS)))
+def test_a_barrier_of_a_warp(first, second):
+    """It separates accesses of the warp's threads, and of no others."""
+    start = WRITE + BARRIER
+    one = ACCESS[first].format("%d0")
+    go(start, one, WARP_BARRIER, ACCESS[second].format("%d2"), output("%t"))
+    if first != "read" or second != "read":
+        with pytest.raises(Fault, match="a race"):
+            go(start, one, WARP_BARRIER, ACCESS[second].format("%d4"), output("%t"))
+
+
+def test_reads_of_a_warp():
+    """Several threads of one warp read a word, at once or one after the other; one writes it."""
+    start = WRITE + BARRIER + "shr.u32 %r3, %t, 5;\n"
+    start += "mul.wide.u32 %d1, %r3, 128; add.s64 %d8, %d6, %d1;\n"  # the first word of the warp
+    write = "setp.eq.u32 %p1, %laneid, 3; @%p1 st.shared.b32 [%d8], %t;\n"
+    read, half = "ld.shared.b32 %r2, [%d8];\n", "setp.lt.u32 %p2, %laneid, 16;\n"
+    in_turn = half + "@%p2 " + read + "@!%p2 " + read
+    for reads in (read, in_turn, read + WARP_BARRIER + read):
+        go(start, reads, WARP_BARRIER, write, output("%t"))
+        with pytest.raises(Fault, match="a race: a write over what another"):
+            go(start, reads, write, output("%t"))
+    # A thread of the other warp has read it, too.
+    first = "setp.eq.u32 %p3, %t, 32; @%p3 ld.shared.b32 %r2, [%d6];\n"
+    for reads in (first + read, read + first, "ld.shared.b32 %r2, [%d6];\n"):
+        with pytest.raises(Fault, match="a race: a write over what another"):
+            go(start, reads, WARP_BARRIER, write, output("%t"))
+        go(start, reads, BARRIER, write, output("%t"))
+
+
 def test_one_thread_may_do_as_it_likes():
     go(WRITE, "ld.shared.b32 %r2, [%d0];\n", WRITE, WRITE, output("%t"))
 
@@ -106,7 +139,7 @@ def test_a_barrier_of_one_block():
 
 
 @pytest.mark.parametrize(
-    "text", ["bar.sync 16;", "bar.sync 0, 32;", "bar.arrive 0, 32;", "bar.warp.sync -1;"]
+    "text", ["bar.sync 16;", "bar.sync 0, 32;", "bar.arrive 0, 32;", "bar.warp.sync 1;"]
 )
 def test_other_barriers_are_unknown(text):
     with pytest.raises(Unknown):

@@ -41,6 +41,7 @@ SYNC = "bar.sync 0;\n"
 START = INIT + FENCE + SYNC
 ARRIVE = "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r1], {};\n"
 WAIT = "again{0}: mbarrier.try_wait.parity.shared.b64 %p2, [%r1], {0}, 1000; @!%p2 bra again{0};\n"
+LOOK = "{}mbarrier.try_wait.parity.shared.b64 %p2, [%r1], 0;\n"  # whose time limit may pass
 # Each thread stores 4 bytes of shared memory.
 STORE = "shl.b32 %r2, %t, 2; add.s32 %r3, %r0, %r2; ld.shared.b32 %r4, [%r3];\n"
 STORE += "mul.wide.u32 %d1, %t, 4; add.s64 %d2, %a, %d1; st.global.b32 [%d2], %r4;\n"
@@ -213,7 +214,13 @@ FAULTS = {
     "a wait for copies without some": START
     + ARRIVE.format(4)
     + copy(0)
-    + "@%p1 mbarrier.try_wait.parity.shared.b64 %p2, [%r1], 0;\n",
+    + LOOK.format("@%p1 ")
+    + LOOK.format("@%p1 "),
+    "asynchronous copy before its wait": START
+    + ARRIVE.format(4)
+    + copy(0)
+    + LOOK.format("")
+    + STORE,
     "a write over what another thread reads": START
     + ARRIVE.format(4)
     + copy(0)

@@ -3,7 +3,8 @@
 Memory is watched in grains: as many bytes as the kernel's smallest access. For each grain it is
 known who wrote and who read it last. Two accesses of different threads, one of them a write, must
 have a barrier of their block between them, in whichever order they ran here. It is `bar.sync`, or
-an mbarrier at which every thread of the block has arrived and the second access's has waited.
+an mbarrier at which every thread of the block has arrived and the second access's has waited; for
+threads of one warp also `bar.warp.sync`.
 """
 
 import numpy as np
@@ -13,6 +14,8 @@ from tests.support.ptx.faults import Fault
 BASE = 0x400  # on hardware the first bytes belong to the system
 _UNWRITTEN, _WRITTEN, _IN_FLIGHT = 0, 1, 2
 _MANY = 0xFFFF_FFFF  # in place of a thread: several threads
+_OF_WARP = 0x8000_0000  # the same, plus the number of the warp that has them all
+WARP = 32
 WARP_GROUP = 128
 
 
@@ -39,6 +42,8 @@ class SharedMemory:
         self.epoch = np.ones(blocks, np.uint64)
         # For each thread: all accesses of its block in earlier epochs come before its next one.
         self.ordered = np.ones(blocks * threads, np.uint64)
+        # The same, of all accesses of its warp; 0 where no barrier was for a warp alone.
+        self.ordered_in_warp = np.zeros(blocks * threads, np.uint64)
         # For the tensor core, which reads by another way: reads under way, and what `fence.proxy`
         # has not yet made visible to it.
         self.tensor_reads = np.zeros(grains, np.int32)
@@ -101,6 +106,11 @@ class SharedMemory:
         self.epoch[blocks] += np.uint64(1)
         self.ordered.reshape(-1, self.threads)[blocks] = self.epoch[blocks, None]
 
+    def warp_barrier(self, threads):
+        """All threads of some warps, these, have met, each warp alone."""
+        self.arrival(np.unique(threads // self.threads))
+        self.ordered_in_warp[threads] = self.epoch[threads // self.threads]
+
     def arrival(self, blocks):
         """Some threads of these blocks arrive at an mbarrier; it orders nothing they do later."""
         self.epoch[blocks] += np.uint64(1)
@@ -122,7 +132,7 @@ class SharedMemory:
         where = self._grains(offsets, size)
         np.add.at(self.tensor_reads, where, -1)
         if self.threads > WARP_GROUP:
-            self.last_read[where] = self._now(threads)[1] + np.uint64(_MANY)
+            self.last_read[where] = self._now(threads) | np.uint64(_MANY)
 
     def fence_proxy(self, threads):
         """Show the tensor core what these threads have written, or seen behind a barrier."""
@@ -139,43 +149,49 @@ class SharedMemory:
         return offsets[:, None] // self.grain + np.arange(max(1, size // self.grain))
 
     def _now(self, threads):
-        """The least stamp that is not ordered before these threads, the epoch's, and their own."""
-        start = (self.ordered[threads] << np.uint64(32))[:, None]
-        epoch = (self.epoch[threads // self.threads] << np.uint64(32))[:, None]
-        return start, epoch, epoch + threads.astype(np.uint64)[:, None]
+        """The stamps of these threads, [n, 1]."""
+        epoch = self.epoch[threads // self.threads] << np.uint64(32)
+        return (epoch + threads.astype(np.uint64))[:, None]
 
-    @staticmethod
-    def _others(last, start, mine):
-        """Which stamps are another thread's, and not ordered before this one's access."""
-        return (last >= start) & ((last ^ mine) & np.uint64(_MANY) != 0)
+    def _others(self, last, threads):
+        """Which stamps are another thread's, and not ordered before what these threads do now."""
+        found = last >= (self.ordered[threads] << np.uint64(32))[:, None]
+        found &= last & np.uint64(_MANY) != threads.astype(np.uint64)[:, None]
+        in_warp = self.ordered_in_warp[threads]
+        if in_warp.any():
+            before = last < (in_warp << np.uint64(32))[:, None]
+            found &= ~(before & (_warps(last) == _warps(self._now(threads))))
+        return found
 
     def _write(self, where, threads):
-        start, _, mine = self._now(threads)
-        if self._others(self.last_write[where], start, mine).any():
+        if self._others(self.last_write[where], threads).any():
             raise Fault("a race: a write over another thread's write, and no barrier between them")
-        if self._others(self.last_read[where], start, mine).any():
+        if self._others(self.last_read[where], threads).any():
             raise Fault("a race: a write over what another thread reads, and no barrier between")
         if self.tensor_reads[where].any():
             raise Fault("a write over what an asynchronous product may still read")
-        self.last_write[where] = mine
+        self.last_write[where] = self._now(threads)
         self.unfenced[where] = True
 
     def _check_read(self, where, threads):
         self._not_in_flight(where)
         if (self.state[where] == _UNWRITTEN).any():
             raise Fault("a read of shared memory that nothing wrote")
-        start, _, mine = self._now(threads)
-        if self._others(self.last_write[where], start, mine).any():
+        if self._others(self.last_write[where], threads).any():
             raise Fault("a race: a read of another thread's write, and no barrier between them")
 
     def _note_read(self, where, threads):
-        start, epoch, mine = self._now(threads)
-        several = epoch + np.uint64(_MANY)
-        noted = np.where(self._others(self.last_read[where], start, mine), several, mine)
+        last, mine = self.last_read[where], self._now(threads)
+        others = self._others(last, threads)
+        noted = np.where(others, _several(last, mine), mine) if others.any() else mine
         self.last_read[where] = noted
-        lost = self.last_read[where] != noted  # several threads read it in this instruction
+        kept = self.last_read[where]
+        lost = kept != noted  # several threads read it in this instruction
         if lost.any():
-            self.last_read[where[lost]] = np.broadcast_to(several, where.shape)[lost]
+            # Where threads of several warps do, what one of those wrote comes last.
+            both = _several(kept, noted)[lost]
+            at, order = where[lost], np.argsort(both, kind="stable")
+            self.last_read[at[order]] = both[order]
 
     def _put(self, offsets, data):
         where = offsets[:, None] + np.arange(data.shape[1])
@@ -186,3 +202,16 @@ class SharedMemory:
     def _not_in_flight(self, where):
         if (self.state[where] == _IN_FLIGHT).any():
             raise Fault("an access to bytes of an asynchronous copy before its wait")
+
+
+def _warps(stamps):
+    """The warp of each stamp's threads; of several warps, one that does not exist."""
+    low = stamps & np.uint64(_MANY)
+    return np.where(low < _OF_WARP, low // np.uint64(WARP), low - np.uint64(_OF_WARP))
+
+
+def _several(stamps, others):
+    """Stamps of both threads, or of more where a stamp is of several already."""
+    warps = _warps(others)
+    low = np.where(_warps(stamps) == warps, warps + np.uint64(_OF_WARP), np.uint64(_MANY))
+    return (others & ~np.uint64(_MANY)) | low

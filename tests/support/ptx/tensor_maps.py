@@ -92,6 +92,7 @@ class Barrier:
       threads: of the block.
       arrived: the threads that have arrived in this phase.
       since: the least epoch of shared memory in which one did.
+      seen: thread -> the phase in which it saw that the one before is over.
       ordered: what the block's threads did before this epoch comes before what a thread does after
         it has waited; 0 where not all of them have arrived in a phase.
     """
@@ -106,6 +107,7 @@ class Barrier:
     copies: list = dataclasses.field(default_factory=list)
     arrived: set[int] = dataclasses.field(default_factory=set)
     since: int = 0
+    seen: dict[int, int] = dataclasses.field(default_factory=dict)
     ordered: int = 0
 
     def arrive(self, thread: int, epoch: int, bytes_: int = 0, times: int = 1) -> None:
@@ -124,6 +126,17 @@ class Barrier:
         self.pending -= times
         self.bytes += bytes_
         self._complete()
+
+    def is_over(self, thread: int, parity: int) -> bool:
+        """Whether the phase of a parity is over, and the thread looks for the second time.
+
+        Copies may take until then, longer than a wait does that has a time limit.
+        """
+        over = self.phase % 2 != parity
+        if over and self.seen.get(thread) != self.phase:
+            self.seen[thread] = self.phase
+            return False
+        return over
 
     def bring(self, offsets, size: int) -> None:
         """A copy has brought `size` bytes to each of these places."""

@@ -87,7 +87,7 @@ def _arrivals(machine, operand):
 def wait(machine, done, barrier, parity, limit=None):
     """Whether the phase of a parity is complete; its copies' bytes may then be touched.
 
-    The time limit changes nothing, since here nothing happens while threads wait.
+    The time limit changes nothing: at a thread's first look it has always passed.
     """
     del limit
     parity = machine.each(parity, "u32")
@@ -96,7 +96,7 @@ def wait(machine, done, barrier, parity, limit=None):
     complete = np.zeros(machine.count, bool)
     for lane, block, place in _places(machine, barrier):
         one = _barrier(machine, lane, block, place)
-        complete[lane] = one.phase % 2 != parity[lane]
+        complete[lane] = one.is_over(lane, int(parity[lane]))
         if complete[lane]:
             machine.shared.order(lane, one.ordered)
             for offsets in one.landed():

@@ -14,6 +14,13 @@ def _all_lanes(machine, members):
     machine.whole(32, "an instruction of a warp")
 
 
+@executes("bar.warp.sync", counts=(1,))
+def barrier(machine, members):
+    """Wait for all threads of the warp, and see what they did to memory."""
+    _all_lanes(machine, members)
+    machine.shared.warp_barrier(machine.lanes)
+
+
 def _shuffle(machine, target, value, by, bounds, members, mode):
     _all_lanes(machine, members)
     value = machine.each(value, "b32")
