@@ -89,7 +89,8 @@ def launch(
 
     def body(*refs: Any) -> None:
         sources, named = refs[: len(operands)], iter(refs[len(operands) : inputs])
-        result, *buffers, arrived, consumed = refs[inputs:]
+        result, *scratch = refs[inputs:]
+        buffers, (arrived, *consumed) = scratch[: len(operands)], scratch[len(operands) :]
         begins = [0 if operand.first is None else next(named)[0] for operand in operands]
         group = lax.axis_index("group") if groups > 1 else 0
         split, row, column = (lax.axis_index(axis) for axis in ("split", "row", "column"))
@@ -108,17 +109,17 @@ def launch(
 
                 @pl.when((step > 0) & (step + stages <= steps) & (group == 0))
                 def later() -> None:
-                    if groups > 1:
-                        plgpu.barrier_wait(consumed.at[before])
+                    for barrier in consumed:
+                        plgpu.barrier_wait(barrier.at[before])
                     copy(step + stages - 1, before)
 
                 plgpu.barrier_wait(arrived.at[slot])
                 multiply(total, *(buffer.at[slot] for buffer in buffers))
                 plgpu.wgmma_wait(0)
                 # This thread has read its codes, and the tensor core the rest for it.
-                if groups > 1:
-                    plgpu.barrier_arrive(consumed.at[slot])
-                else:
+                for barrier in consumed:
+                    plgpu.barrier_arrive(barrier.at[slot])
+                if not consumed:
                     plgpu.commit_smem()
                 return jnp.where(slot == stages - 1, 0, slot + 1)
 
@@ -137,6 +138,8 @@ def launch(
     buffers = (
         plgpu.SMEM((stages, *o.tile), o.array.dtype, transforms=o.transforms) for o in operands
     )
+    # One warp group waits for itself, without a barrier of its own.
+    counts = (len(operands), groups) if groups > 1 else (len(operands),)
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(
@@ -144,8 +147,7 @@ def launch(
         ),
         scratch_types=(
             *buffers,
-            plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            *(plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in counts),
         ),
         grid=(splits, *tiles),
         grid_names=("split", "row", "column"),

@@ -3,17 +3,15 @@
 `--mutants 210` alters that many instructions of each kernel for each GPU.
 """
 
-import re
-
 import pytest
 
 from tests.support.gpu.aot import needs_aot
-from tests.support.ptx.mutation import CASES, survivors
+from tests.support.ptx.mutation import CALLS, assert_noticed
 
 pytestmark = needs_aot()
 
 # Alterations that change nothing that counts: a pattern, how many of them a kernel may have, why.
-HARMLESS = [
+PALLAS = [
     (
         r"deleted: cp\.async\.commit_group",
         5,
@@ -48,27 +46,35 @@ HARMLESS = [
     ),
     (r"next float: (setp\.[gl]t\.f32|selp\.f32 \S+ 0f00000000)", 4, "0 or a limit, one unit off"),
 ]
+MOSAIC_GPU = [
+    (r"deleted: wgmma\.fence", 5, "the registers were written before another fence"),
+    (r"deleted: wgmma\.commit_group", 4, "the products join the next group, with the same wait"),
+    (r".*: wgmma\.wait_group", 2, "behind the loop, where each step has waited"),
+    (r"deleted: fence\.proxy\.async\.shared::cta", 1, "threads have only read shared memory"),
+    (r"deleted: bar\.sync 0", 2, "one of two behind each other"),
+    (r".*: mov\.b32 \S+ 1$", 1, "the number of the barrier at which all threads meet"),
+    (
+        r"(constant \+ 1: (shfl\.sync\.idx|setp\.eq\.and)|to setp\.\w+\.\w+\.b32: setp\.eq\.and)",
+        8,
+        "another thread is the one that prepares barriers, or copies",
+    ),
+    (r"guard \w+: .* prefetch\.tensormap", 6, "prefetches, or not"),
+    (r"guard negated: @%p\d+ bra \$L__BB0_2", 1, "the other warp group starts the first copies"),
+    (r"constant / 2: mad\.lo\.u32 s, m, 0xFFFFFFFF", 16, "the factor's top bit times an even m"),
+    (r"to add\S+: mul\.rn\.f32 .* 0f00000000", 4, "a weight of 0 becomes a subnormal number"),
+    (r"constant \+ 1: setp\.ne\.b32 p, 1, 0", 4, "two numbers that still differ"),
+    (r"constant \+ 1: and\.b32", 4, "a bit that is 0 in the other operand"),
+    (r"constant / 2: mov\.b32 \S+ 10000000$", 2, "the time limit of a wait that is repeated"),
+]
+HARMLESS = {"pallas": PALLAS, "mosaic_gpu": MOSAIC_GPU}
+KERNELS = [
+    (call, gpu)
+    for call in CALLS
+    for gpu in {"pallas": ("sm_80", "sm_90"), "mosaic_gpu": ("sm_90",)}.get(call.split("-")[0], ())
+]
 
 
-def unexplained(found):
-    """Those of the surviving mutants that no pattern explains, or that are too many for theirs."""
-    left = {pattern: most for pattern, most, _ in HARMLESS}
-    rest = []
-    for mutant in found:
-        text = f"{mutant.what}: {mutant.instruction.text}"
-        pattern = next((p for p in left if re.match(p, text)), None)
-        if pattern is None or not left[pattern]:
-            rest.append(str(mutant))
-        else:
-            left[pattern] -= 1
-    return rest
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
-def test_an_altered_instruction_is_noticed(gpu, name, pytestconfig):
-    count = pytestconfig.getoption("--mutants")
-    tally, found = survivors(gpu, name, count)
-    assert tally.total() == count
-    assert not unexplained(found)
-    assert len(found) <= count / 4
+@pytest.mark.parametrize(("call", "gpu"), KERNELS)
+def test_an_altered_instruction_is_noticed(call, gpu, pytestconfig):
+    implementation, *_ = call.split("-")
+    assert_noticed(call, gpu, pytestconfig.getoption("--mutants"), HARMLESS[implementation])

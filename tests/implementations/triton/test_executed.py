@@ -1,7 +1,7 @@
 """The Triton kernels as they are compiled for GPUs, executed on this CPU as the Pallas ones are.
 
-`tests/implementations/gpu/test_executed.py` says what that finds. `--executed 2000` runs all cases
-of the matrix that are products.
+`tests/implementations/gpu/test_executed.py` says what that finds. `--executed 8064` runs all cases
+of the matrix that are products for sm_80 and sm_90, and 202 of the 672 for sm_89.
 """
 
 import functools
@@ -15,9 +15,8 @@ from tests.support.gpu.aot import compiles_triton
 from tests.support.kernel_checks import check
 from tests.support.kernel_matrix import Case, cases
 from tests.support.ptx.faults import Unknown
-from tests.support.ptx.global_memory import OverlappingResults
 from tests.support.ptx.launches import Executor
-from tests.support.ptx.machine import Machine
+from tests.support.ptx.machine import TilesThatOverlap
 
 pytestmark = compiles_triton()
 
@@ -25,12 +24,6 @@ pytestmark = compiles_triton()
 SHARES = {"sm_80": 1 / 8, "sm_90": 1 / 12, "sm_89": 1 / 40}
 TRITON = registry.IMPLEMENTATIONS["triton"]
 CASES = [case for case in cases() if case.operation.startswith("linear")]
-
-
-class TilesThatOverlap(Machine):
-    """The last tile of a result is whole, so that others have computed a part of it, too."""
-
-    global_memory = OverlappingResults
 
 
 def pytest_generate_tests(metafunc):

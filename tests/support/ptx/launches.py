@@ -93,7 +93,7 @@ class Executor:
     def _apply(self, equation: Any, operands: list[Any]) -> list[Any]:
         primitive, params = equation.primitive, equation.params
         if primitive.name in _COMPILERS:
-            return self._launch(equation, operands)
+            return self.launch(equation, operands)
         if primitive.name == "q4jax_kernel":
             body = jax.make_jaxpr(params["call"])(*operands)
             return self._evaluate(body.jaxpr, body.consts, *operands)
@@ -105,7 +105,8 @@ class Executor:
         results = primitive.bind(*operands, **params)
         return results if primitive.multiple_results else [results]
 
-    def _launch(self, equation: Any, operands: list[Any]) -> list[Any]:
+    def launch(self, equation: Any, operands: list[Any]) -> list[Any]:
+        """The results of a kernel's call."""
         ptx, launch = _COMPILERS[equation.primitive.name](self.gpu, equation)
         operands = [np.asarray(operand) for operand in operands]
         results = [np.empty(v.aval.shape, v.aval.dtype) for v in equation.outvars]

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.support.ptx.asynchronous import Copies, Products
 from tests.support.ptx.faults import Fault, Unknown
-from tests.support.ptx.global_memory import GlobalMemory
+from tests.support.ptx.global_memory import GlobalMemory, OverlappingResults
 from tests.support.ptx.instructions import find
 from tests.support.ptx.parser import Address, Immediate, Kernel, Operand, Register, Special, Symbol
 from tests.support.ptx.registers import Registers
@@ -208,6 +208,12 @@ class Machine:
             if not self.mask.any():
                 return None
         return self.steps[at](self, *instruction.operands)
+
+
+class TilesThatOverlap(Machine):
+    """For Triton's kernels: the last tile of a result is whole, and has a part of another."""
+
+    global_memory = OverlappingResults
 
 
 def _join(waiting, at, threads) -> None:

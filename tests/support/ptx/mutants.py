@@ -19,8 +19,8 @@ _EXCHANGED = {
 _EXCHANGED |= {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "gtu": "geu", "leu": "ltu"}
 _EXCHANGED |= {"mul": "add", "xor": "and", "trans": ""}
 _COMMUTES = re.compile(r"(add|and|or|xor|mul|min|max|setp\.(eq|ne)|fma|mad)\.")
-ORDER = re.compile(r"bar\.|cp\.async\.(commit|wait)|wgmma\.(fence|commit|wait)|fence\.proxy")
-_EFFECTS = re.compile(r"st\.|stmatrix|cp\.async\.c[ag]|" + ORDER.pattern)
+ORDER = re.compile(r"bar\.|cp\.async\.(commit|wait)|wgmma\.(fence|commit|wait)|fence\.|mbarrier\.")
+_EFFECTS = re.compile(r"st\.|stmatrix|cp\.async\.(c[ag]|bulk)|" + ORDER.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,10 @@ def _alterations(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
 
 def _changes(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
     change, opcode, operands = dataclasses.replace, instruction.opcode, instruction.operands
-    if _EFFECTS.match(opcode):
+    if opcode.startswith("mbarrier.try_wait"):
+        done = operands[0], Immediate(1)
+        yield "waits for none", change(instruction, opcode="mov.pred", operands=done)
+    elif _EFFECTS.match(opcode):
         yield "deleted", change(instruction, opcode="griddepcontrol.wait", operands=(), guard=None)
     if instruction.guard:
         opposite = change(instruction.guard, negated=not instruction.guard.negated)
@@ -109,5 +112,9 @@ def _altered(operand, exact):
             yield "constant / 2", dataclasses.replace(operand, value=operand.value // 2)
     elif isinstance(operand, Address):
         yield "address + 16", dataclasses.replace(operand, offset=operand.offset + 16)
-    elif isinstance(operand, Vector) and len(operand.parts) > 1:
+    elif isinstance(operand, Vector) and isinstance(operand.parts[0], Address):
+        for i, part in enumerate(operand.parts):  # with coordinates
+            for what, altered in _altered(part, exact):
+                yield what, Vector((*operand.parts[:i], altered, *operand.parts[i + 1 :]))
+    elif isinstance(operand, Vector) and len(set(operand.parts)) > 1:
         yield "vector rotated", Vector((*operand.parts[1:], operand.parts[0]))
