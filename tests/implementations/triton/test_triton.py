@@ -16,6 +16,7 @@ from q4jax.ops.registry import IMPLEMENTATIONS
 from q4jax.triton import requirements as backend
 from q4jax.triton.constants import KernelConstants
 from tests.support.gpu.aot import compiles_triton
+from tests.support.gpu.targets import GPUS
 
 works = pytest.mark.skipif(bool(backend._missing()), reason=f"it {backend._missing()}")
 compiles = compiles_triton()
@@ -271,6 +272,7 @@ def test_compiles_well(gpu, operation, m, n, k, blocksize, nested, dtype, regist
     assert not kernel.spilled
     assert not {"LDL", "STL"} & kernel.opcodes.keys()
     assert kernel.registers <= registers
+    assert kernel.shared_bytes <= GPUS[gpu][-1]
     if dtype == "float32":
         return
     if x.shape[1] % 8 == 0:

@@ -32,6 +32,8 @@ STEPS = 3  # of the loop, by which the two launches differ; few enough that no s
 def budget(gpu: str, m: int, tile: tiles.Tile) -> dict[str, float]:
     """What a weight asks for, of `x @ W.T` with M rows in bfloat16, nf4 and blocks of 64.
 
+    Where a tile has fewer than M rows of x, a weight is decoded for each of the tiles.
+
     Returns:
       "shared": wavefronts; "sectors"; "alu" and "issue": instructions; and "ceiling": the weights
       a clock and multiprocessor that the scarcest of them but sectors allows.
@@ -42,8 +44,9 @@ def budget(gpu: str, m: int, tile: tiles.Tile) -> dict[str, float]:
     each = {name: (second[name] - first[name]) / weights for name in first}
     loop = _loop(gpu, m, tile)
     of_thread = tile.n * tile.k / (32 * tile.warps)
-    alu = sum(n for name, n in loop.items() if name.startswith(ALU)) / of_thread
-    issue = sum(loop.values()) / of_thread
+    times = _times(m, tile)
+    alu = times * sum(n for name, n in loop.items() if name.startswith(ALU)) / of_thread
+    issue = times * sum(loop.values()) / of_thread
     shared = sum(each[name] for name in ("load", "store", "copy", "wgmma"))
     ceiling = min(1 / shared, ALU_LANES / alu, ISSUE_LANES / issue)
     found = {"shared": shared, "sectors": each["sectors"], "alu": alu, "issue": issue}
@@ -65,14 +68,18 @@ def _call(m: int, shape: tuple[int, int], tile: tiles.Tile) -> tuple[Any, tuple[
 
 
 def _counts(gpu: str, m: int, tile: tiles.Tile, steps: int) -> dict[str, int]:
-    """What one program counts that makes so many steps."""
+    """What programs of so many steps count."""
     product, operands = _call(m, (tile.n, tile.k * steps), tile)
     executor = Executor(gpu, CountingMachine)
     executor(product, *operands)
     [launch] = executor.launches
-    blocks = -(-m // tile.m)
-    assert launch.launch.grid == (blocks, 1, 1), launch.launch
-    return {name: count // blocks for name, count in launch.counts.items()}
+    assert launch.launch.grid == (_times(m, tile), 1, 1), launch.launch
+    return launch.counts
+
+
+def _times(m: int, tile: tiles.Tile) -> int:
+    """How many tiles the rows of x have, and programs a weight."""
+    return -(-m // tile.m)
 
 
 def _loop(gpu: str, m: int, tile: tiles.Tile) -> dict[str, int]:

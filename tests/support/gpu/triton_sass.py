@@ -17,27 +17,29 @@ class Kernel:
     Attributes:
       registers: of a thread.
       spilled: bytes of a thread that spilled to local memory.
+      shared_bytes: of a program.
       opcodes: how often each stands in the code, and without what follows its first dot.
     """
 
     registers: int
     spilled: int
+    shared_bytes: int
     opcodes: collections.Counter[str]
 
 
 def kernels(gpu, function, *args):
     """The Triton kernels of a function of these shapes."""
-    return [_assemble(call.ptx) for call in calls(gpu, function, *args)]
+    return [_assemble(call) for call in calls(gpu, function, *args)]
 
 
-def _assemble(ptx):
+def _assemble(call):
     import triton
 
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    target = re.search(r"\.target (sm_\w+)", call.ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         source, binary = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
-        source.write_text(ptx)
+        source.write_text(call.ptx)
         command = [tools / "ptxas", "-v", "--gpu-name", target, source, "-o", binary]
         messages = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [tools / "cuobjdump", "-sass", binary]
@@ -48,5 +50,6 @@ def _assemble(ptx):
     return Kernel(
         int(re.search(r"Used (\d+) registers", messages)[1]),
         sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", messages))),
+        call.launch.shared_bytes,
         count,
     )
