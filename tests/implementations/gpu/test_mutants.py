@@ -63,7 +63,11 @@ MOSAIC_GPU = [
     (r"constant / 2: mad\.lo\.u32 s, m, 0xFFFFFFFF", 16, "the factor's top bit times an even m"),
     (r"to add\S+: mul\.rn\.f32 .* 0f00000000", 4, "a weight of 0 becomes a subnormal number"),
     (r"constant \+ 1: setp\.ne\.b32 p, 1, 0", 4, "two numbers that still differ"),
-    (r"constant \+ 1: and\.b32", 4, "a bit that is 0 in the other operand"),
+    (
+        r"constant (\+ 1: and\.b32|/ 2: and\.b64 \S+ \S+ 16383)",
+        4,
+        "a bit that is 0 in the other operand, such as the highest of an address",
+    ),
     (r"constant / 2: mov\.b32 \S+ 10000000$", 2, "the time limit of a wait that is repeated"),
 ]
 HARMLESS = {"pallas": PALLAS, "mosaic_gpu": MOSAIC_GPU}

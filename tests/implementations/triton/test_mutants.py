@@ -19,7 +19,13 @@ HARMLESS = [
     (r"constant \+ 1: mov\.u16 \S+ 0x0$", 4, "a masked number, 0, becomes a subnormal one"),
     (r"constant \+ 1: (and\.b32|bfe\.u32)", 4, "a bit that is 0 in the other operand"),
     (r"(to setp|sources swapped).*: setp\.lt\.s32", 4, "a limit that no thread meets"),
-    (r"constant .*: add\.s32 \S+ \S+ \d+$", 4, "of a row that is below the limit in any case"),
+    (
+        r"(constant .*|to sub\.s32): add\.s32 \S+ \S+ \d+$",
+        6,
+        "a row that is below the limit in any case, or a number whose last bits are shifted out",
+    ),
+    (r"guard dropped: .* st\.global", 2, "of a row that is below the limit in any case"),
+    (r"constant \+ 1: setp\.lt\.u64", 1, "copies of a tile behind the last, which nothing reads"),
     (
         r"constant \+ 1: add\.s64",
         4,

@@ -31,7 +31,7 @@ from tests.support.ptx.mutants import Mutant, mutants
 from tests.support.ptx.parser import Kernel, parse
 from tests.support.random_arrays import normal
 
-_LINEAR = Case("linear", "bfloat16", "nf4", 64, True, 65, 448, m=15, bias=True)
+_LINEAR = Case("linear", "bfloat16", "nf4", 64, True, 129, 448, m=15, bias=True)
 _TRANSPOSE = Case("linear_transpose", "bfloat16", "nf4", 64, True, 321, 320, m=15)
 # Rows and columns that fill no tile, and more steps than the software pipeline has stages.
 CALLS = {
@@ -55,7 +55,7 @@ _MACHINES = {"pallas": Machine, "triton": TilesThatOverlap, "mosaic_gpu": Machin
 
 def hard_to_quantize() -> jax.Array:
     """Blocks in which each place has each threshold and its neighbours, the ends of the normal
-    numbers, and numbers so large that they are divided."""
+    numbers, and numbers so large that they are divided, or almost; and blocks of zeros."""
     rng, one = np.random.default_rng(0), np.float32(1)
     at = codebooks.CODEBOOKS["nf4"].thresholds
     near = np.concatenate([at, np.nextafter(at, 2 * one), np.nextafter(at, -2 * one)])
@@ -67,10 +67,11 @@ def hard_to_quantize() -> jax.Array:
     small[np.arange(64), rng.integers(0, 64, 64)] = 2 * tiny
     large = np.clip(rng.standard_normal((64, 64), np.float32), -3, 3) * np.float32(2.0**126)
     edge = rows[:64] * np.nextafter(np.float32(2.0**126), np.float32(np.inf))
+    below = rows[64:128] * np.float32(0.75 * 2.0**126)
     odd = np.asarray(odd_input("float32")[:768]).reshape(12, 64)
     # The last program has one block; the others have blocks of all sorts.
     normal = rng.standard_normal((53, 64), np.float32)
-    rows = np.concatenate([rows, small, large, edge, odd, normal])
+    rows = np.concatenate([rows, small, large, edge, below, np.zeros((64, 64)), odd, normal])
     assert len(rows) % 64 == 1
     return jnp.asarray(rng.permutation(rows))
 
