@@ -55,9 +55,10 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
     path = resolve(path)
 
     def check() -> None:
-        if path.exists() and not (force and (path / HEADER).exists()):
-            reason = "force=True replaces checkpoints of q4jax only" if force else "see force"
-            raise FileExistsError(f"path {path} exists already ({reason})")
+        ours = (path / HEADER).exists()
+        if path.exists() and not (force and ours):
+            what = "it" if ours else "checkpoints of q4jax only"
+            raise FileExistsError(f"path {path} exists already (force=True replaces {what})")
 
     with (
         replacing(path, check) as new,

@@ -14,6 +14,7 @@ from q4jax import checkpoint
 from q4jax.cli.table import Row
 from q4jax.convert.config import QuantConfig
 from q4jax.convert.rules import compiled
+from q4jax.finetune.settings import SettingsError
 from q4jax.interop import bitsandbytes, huggingface, peft
 from q4jax.interop.bitsandbytes.tensors import read_spec
 from q4jax.interop.bitsandbytes.weight_keys import group_keys
@@ -148,7 +149,7 @@ def load(
         }
         return Loaded(file_format, halves)
     if file_format == "huggingface":
-        select = None if modules is None else _matching(modules)
+        select = None if modules is None else _matching(modules, Checkpoint(path))
         tree = huggingface.load_directory(path, config, select=select, progress=progress)
         files = [path / name for name in _EXTRA_FILES]
         extra_files = {file.name: file.read_bytes() for file in files if file.is_file()}
@@ -159,13 +160,25 @@ def load(
     return Loaded(file_format, flatten(tree))
 
 
-def _matching(modules: str) -> Callable[[str, tuple[int, ...]], bool]:
+def _matching(modules: str, source: Checkpoint) -> Callable[[str, tuple[int, ...]], bool]:
+    """Return what chooses the weights of these modules.
+
+    Raises:
+      SettingsError: the checkpoint has no such weight.
+    """
     pattern = compiled(modules)
 
     def select(name: str, shape: tuple[int, ...]) -> bool:
         module, _, leaf = name.rpartition(".")
         return leaf == "weight" and len(shape) >= 2 and pattern.fullmatch(module) is not None
 
+    shapes = {name: layout.shape for name, layout in source.tensors.layouts.items()}
+    if not any(select(*item) for item in shapes.items()):
+        names = [name for name, shape in shapes.items() if len(shape) >= 2]
+        raise SettingsError(
+            f"--modules {modules!r} matches the whole path of no module with a matrix, such as "
+            f"{max(names, default='none', key=len).removesuffix('.weight')!r}"
+        )
     return select
 
 

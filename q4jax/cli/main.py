@@ -1,7 +1,8 @@
 """The commands of `python -m q4jax`: work on checkpoints, fine-tune models, and use them.
 
 Exit codes: 0 success; 1 the checkpoint is damaged or does not fit (ValueError); 2 wrong command
-line; 3 a file is missing or cannot be written; 4 the checkpoint format is not supported.
+line, or what it names; 3 a file is missing, exists already or cannot be written; 4 the checkpoint
+format is not supported.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
         "bitsandbytes' safetensors files, Orbax checkpoints of q4jax, PEFT adapters. Fine-tune "
         "language models, and use them.",
         epilog="exit codes: 0 done, 1 the checkpoint is damaged or does not fit, 2 wrong command "
-        "line, 3 a file is missing or cannot be written, 4 not supported",
+        "line (for finetune, generate, chat, merge and estimate missing files too), 3 a file is "
+        "missing, exists already or cannot be written, 4 not supported",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -108,6 +109,21 @@ def _write(
     return writer
 
 
+def _pace(times: Sequence[float], began: float) -> str:
+    """How fast tokens came that were written at these times, in seconds.
+
+    The first one waits for the compilation of the prompt's program, the second for that of the
+    others' program.
+    """
+    if len(times) < 3:
+        return f"{len(times)} tokens after {times[-1] - began:.1f} s, of which most compiled"
+    rate = (len(times) - 2) / (times[-1] - times[1])
+    return (
+        f"{len(times)} tokens; the first two after {times[1] - began:.1f} s, which compile, then "
+        f"{rate:.1f} tokens/s"
+    )
+
+
 def run_generate(options: argparse.Namespace) -> None:
     """Continue a prompt."""
     opened = open_model(options.model, options.adapter)
@@ -122,13 +138,7 @@ def run_generate(options: argparse.Namespace) -> None:
     writer = _write(model, tokenizer, prompt, count, **settings)
     print()
     if not options.quiet:
-        times = writer.times
-        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-        print(
-            f"{len(times)} tokens; the first after {times[0] - began:.1f} s, which compiles, then "
-            f"{rate:.1f} tokens/s",
-            file=sys.stderr,
-        )
+        print(_pace(writer.times, began), file=sys.stderr)
 
 
 def run_chat(options: argparse.Namespace) -> None:

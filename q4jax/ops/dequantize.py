@@ -44,7 +44,7 @@ def dequantize_4bit(
 
     Raises:
       ValueError: codes that are not uint8, arrays that do not fit the state, another dtype.
-      TypeError: state is missing.
+      TypeError: state is missing; the result is differentiated.
 
     Examples:
       >>> import jax.numpy as jnp, q4jax

@@ -39,7 +39,7 @@ def matmul_4bit(
     W is decoded in float32 and rounded once to x's dtype; products are accumulated in float32,
     the bias is added in float32, and the sum is rounded once. The backward pass uses the same
     rounded W, so it is the gradient of what was computed; it saves nothing of the weight but its
-    codes and scales. There is no gradient to codes or scales, and no forward mode: `jax.jvp` and
+    codes and scales. The gradient to scales is 0, and there is no forward mode: `jax.jvp` and
     `jax.jacfwd` raise a TypeError.
 
     Args:

@@ -56,7 +56,7 @@ def quantize_4bit(
 
     Raises:
       ValueError: quant_type, blocksize, the dtype or the shape is not allowed; w is not finite.
-      TypeError: w is not an array, or is quantized already.
+      TypeError: w is not an array, or is quantized already; the result is differentiated.
       NotImplementedError: the named implementation cannot serve the call.
 
     Source: QLoRA, arXiv:2305.14314, sections 2 and 3; bitsandbytes' CPU backend for the rounding.

@@ -1,11 +1,11 @@
-"""Refuse Auto mesh axes where the compiler's plugin has no `custom_partitioning`: on TPUs."""
+"""Refuse, by an op's name, what `custom_partitioning` cannot do: TPUs, and derivatives."""
 
 from typing import Any
 
 import jax
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 
 _refuse_p = Primitive("q4jax_refuse_auto_axes")
 _refuse_p.multiple_results = True
@@ -14,8 +14,8 @@ _refuse_p.multiple_results = True
 def refuse_auto_axes(name: str, operands: tuple[Array, ...]) -> tuple[Array, ...]:
     """Return the operands of an op that `custom_partitioning` would partition.
 
-    Lowering this for several TPUs raises a NotImplementedError that says what to write instead;
-    otherwise it leaves no trace in the program.
+    Lowering this for several TPUs raises a NotImplementedError that says what to write instead, and
+    differentiating it a TypeError; otherwise it leaves no trace in the program.
 
     Args:
       name: the op's name.
@@ -51,5 +51,14 @@ def _lower_tpu(context: Any, *operands: Any, name: str) -> list[Any]:
     return list(operands)
 
 
+def _differentiate(operands: Any, tangents: Any, *, name: str) -> Any:
+    raise TypeError(
+        f"{name} of a 4-bit weight has no derivative. matmul_4bit has one with respect to x and "
+        "the bias; put jax.lax.stop_gradient around what is quantized or dequantized, or train "
+        "LoRA adapters (add_lora)"
+    )
+
+
+ad.primitive_jvps[_refuse_p] = _differentiate
 mlir.register_lowering(_refuse_p, _lower)
 mlir.register_lowering(_refuse_p, _lower_tpu, platform="tpu")

@@ -80,6 +80,8 @@ def test_full_precision_is_quantized(tmp_path, capsys):
     assert weights["lm_head.weight"].quant_state.quant_type == "fp4"
     code, out = run(capsys, *head, "--skip", "layers.9")
     assert (code, "skip has 'layers.9', which no module matches" in out) == (1, True)
+    code, out = run(capsys, *head, "--modules", "nope")
+    assert (code, "--modules 'nope' matches the whole path of no module" in out) == (2, True)
     code, out = run(capsys, *arguments)
     assert (code, f"{tmp_path / 'out'} exists already" in out) == (3, True)
     code, out = run(capsys, "convert", tmp_path / "out", tmp_path / "o", "--to", "orbax", *settings)

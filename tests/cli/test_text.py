@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -34,7 +35,9 @@ def test_a_prompt_is_continued(run, tiny, adapter):
     arguments = ["generate", tiny, "--prompt", PROMPT, "--max-new-tokens", 12]
     code, plain, err = run(*arguments)
     assert (code, plain.rstrip("\ufffd\n")) == (0, (PROMPT + expected(tiny)).rstrip("\ufffd"))
-    assert "12 tokens; the first after" in err
+    assert re.search(
+        r"12 tokens; the first two after [\d.]+ s, which compile, then [\d.]+ tok", err
+    )
     code, adapted, err = run(*arguments, "--adapter", adapter, "--quiet")
     wanted = PROMPT + expected(tiny, adapter)
     assert (code, adapted.rstrip("\ufffd\n"), err) == (0, wanted.rstrip("\ufffd"), "")
@@ -140,3 +143,18 @@ def test_a_model_without_a_template_is_refused(monkeypatch, run, tiny, tmp_path)
     code, _, err = chat(monkeypatch, run, tmp_path / "m", "Hi")
     assert (code, err.count("\n")) == (2, 1)
     assert "chat template, and the model's tokenizer has none" in err
+
+
+@pytest.mark.parametrize(
+    ("times", "pace"),
+    [
+        ([11.5], "1 tokens after 1.5 s, of which most compiled"),
+        ([11.0, 13.0], "2 tokens after 3.0 s, of which most compiled"),
+        (
+            [11.0, 13.0, 13.5, 14.0],
+            "4 tokens; the first two after 3.0 s, which compile, then 2.0 tokens/s",
+        ),
+    ],
+)
+def test_the_pace_is_without_what_compiles(times, pace):
+    assert text._pace(times, 10.0) == pace

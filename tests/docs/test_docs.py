@@ -46,7 +46,7 @@ def test_every_public_name_is_in_the_reference():
     named = re.findall(r"^::: q4jax\.(\S+)$", text, re.M)
     public = {*q4jax.__all__, "checkpoint_v1"} - {"integrations", "interop"}
     public |= {f"interop.{name}" for name in ("bitsandbytes", "huggingface", "peft")}
-    public.add("integrations.tunix")
+    public |= {"integrations.tunix", "tree.lay_out.lay_out"}
     assert sorted(named) == sorted(public)
     for name in public:
         assert pydoc.locate(f"q4jax.{name}").__doc__, name

@@ -59,8 +59,12 @@ def test_runs(path, monkeypatch):
     pytest.importorskip("ipykernel")
     for package in ("gguf", "tokenizers", "matplotlib"):
         pytest.importorskip(package)
+    import demo
     import execute
 
+    # A download is told, once, in the output of the cell that needs the file.
+    for name in set(re.findall(r"demo\.(\w+)\(\)", path.read_text("utf-8"))):
+        getattr(demo, name)()
     # The kernel finds q4jax where this process did, installed or not.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = execute.execute(path)  # raises the error of a cell

@@ -13,6 +13,7 @@ from q4jax import Params4bit, QuantSpec
 from q4jax.core import blockwise
 from q4jax.xla.quantize import quantize_rows
 from tests.support import oracle
+from tests.support.random_arrays import normal
 from tests.support.vectors import DYNAMIC_MAP
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 2.0**126, -(2.0**127), 3e38, 1.1754944e-38, 1e-40, -1e-45]
@@ -192,3 +193,25 @@ def test_a_numpy_weight_is_fine(rng):
     w = rng.normal(size=(2, 64)).astype(np.float32)
     ours, theirs = Params4bit.quantize(w), Params4bit.quantize(jnp.asarray(w))
     jax.tree.map(assert_same, ours, theirs)
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+@pytest.mark.parametrize("differentiate", [jax.grad, lambda f: jax.jit(jax.grad(f)), jax.jacfwd])
+def test_a_derivative_is_refused_by_the_name_of_the_op(op, differentiate):
+    w = normal(0, 4, 64)
+    packed, state = q4jax.quantize_4bit(w)
+    functions = {
+        "quantize": (lambda w: q4jax.quantize_4bit(w)[1].absmax.sum(), w),
+        "dequantize": (lambda state: q4jax.dequantize_4bit(packed, state).sum(), state),
+    }
+    function, argument = functions[op]
+    with pytest.raises(TypeError, match=f"^{op} of a 4-bit weight has no derivative"):
+        differentiate(function)(argument)
+
+
+def test_what_is_not_differentiated_may_be_quantized():
+    def f(w):
+        return w.sum() + q4jax.Params4bit.quantize(jax.lax.stop_gradient(w)).dequantize().sum()
+
+    w = normal(0, 4, 64)
+    np.testing.assert_array_equal(jax.grad(f)(w), jnp.ones_like(w))

@@ -79,7 +79,9 @@ def load_directory(
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.layouts.items()}
     layers = choose_layers(checkpoint.config, shapes, quantization, select)
     if quantization is not None and not layers:
-        raise ValueError(f"{path} holds no weight to quantize among {sorted(shapes)[:5]}")
+        names, chosen = sorted(shapes), "" if select is None else " that is selected"
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(f"{path} holds no weight to quantize{chosen} among {names[:5]}{more}")
     found: Tree = {}
     with Progress("load", checkpoint.nbytes, progress) as bar:
         for name in checkpoint:
