@@ -55,8 +55,10 @@ def save(path: str | epath.PathLike, tree: Any, *, force: bool = False) -> None:
     path = resolve(path)
 
     def check() -> None:
+        if not path.exists():
+            return
         ours = (path / HEADER).exists()
-        if path.exists() and not (force and ours):
+        if not (force and ours):
             what = "it" if ours else "checkpoints of q4jax only"
             raise FileExistsError(f"path {path} exists already (force=True replaces {what})")
 

@@ -149,11 +149,12 @@ def load(
         }
         return Loaded(file_format, halves)
     if file_format == "huggingface":
-        select = None if modules is None else _matching(modules, Checkpoint(path))
+        source_files = Checkpoint(path)
+        select = None if modules is None else _matching(modules, source_files)
         tree = huggingface.load_directory(path, config, select=select, progress=progress)
         files = [path / name for name in _EXTRA_FILES]
         extra_files = {file.name: file.read_bytes() for file in files if file.is_file()}
-        return Loaded(file_format, dict(tree), Checkpoint(path).config, extra_files)
+        return Loaded(file_format, dict(tree), source_files.config, extra_files)
     tree = checkpoint.restore(path)
     if isinstance(tree, dict) and tree.keys() == {"config.json", "weights"}:
         return Loaded(file_format, flatten(tree["weights"]), json.loads(str(tree["config.json"])))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from q4jax.convert.config import QuantConfig, module_paths
+from q4jax.convert.config import QuantConfig, list_paths, module_paths
 from q4jax.convert.rules import QuantRule
 from q4jax.core.spec import FLOAT_DTYPES
 from q4jax.interop.bitsandbytes.state_dict import to_state_dict
@@ -79,9 +79,8 @@ def load_directory(
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.layouts.items()}
     layers = choose_layers(checkpoint.config, shapes, quantization, select)
     if quantization is not None and not layers:
-        names, chosen = sorted(shapes), "" if select is None else " that is selected"
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(f"{path} holds no weight to quantize{chosen} among {names[:5]}{more}")
+        what = "weight to quantize" + ("" if select is None else " that is selected")
+        raise ValueError(f"{path} holds no {what} among {list_paths(sorted(shapes))}")
     found: Tree = {}
     with Progress("load", checkpoint.nbytes, progress) as bar:
         for name in checkpoint:

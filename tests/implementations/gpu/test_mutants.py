@@ -6,17 +6,13 @@
 import pytest
 
 from tests.support.gpu.aot import needs_aot
-from tests.support.ptx.mutation import CALLS, assert_noticed
+from tests.support.ptx.mutation import CALLS, JOINED_COPIES, ZERO_TO_SUBNORMAL, assert_noticed
 
 pytestmark = needs_aot()
 
 # Alterations that change nothing that counts: a pattern, how many of them a kernel may have, why.
 PALLAS = [
-    (
-        r"deleted: cp\.async\.commit_group",
-        5,
-        "the copies, before the loop, join a group of one wait",
-    ),
+    JOINED_COPIES,
     (
         r"deleted: bar\.sync",
         2,
@@ -27,7 +23,7 @@ PALLAS = [
         3,
         "the first of a step's two products; the second has a wait",
     ),
-    (r"to add\S+: mul\.rn\.f32 .* 0f00000000", 4, "a weight of 0 becomes a subnormal number"),
+    ZERO_TO_SUBNORMAL,
     (r"constant \+ 1: mov\.\w+ \S+ (0|0x0)$", 8, "what a masked load leaves, which is not used"),
     (r"constant \+ 1: and\.b32", 8, "a bit that is 0 in the other operand"),
     (
@@ -61,7 +57,7 @@ MOSAIC_GPU = [
     (r"guard \w+: .* prefetch\.tensormap", 6, "prefetches, or not"),
     (r"guard negated: @%p\d+ bra \$L__BB0_2", 1, "the other warp group starts the first copies"),
     (r"constant / 2: mad\.lo\.u32 s, m, 0xFFFFFFFF", 16, "the factor's top bit times an even m"),
-    (r"to add\S+: mul\.rn\.f32 .* 0f00000000", 4, "a weight of 0 becomes a subnormal number"),
+    ZERO_TO_SUBNORMAL,
     (r"constant \+ 1: setp\.ne\.b32 p, 1, 0", 4, "two numbers that still differ"),
     (
         r"constant (\+ 1: and\.b32|/ 2: and\.b64 \S+ \S+ 16383)",

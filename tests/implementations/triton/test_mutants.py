@@ -3,17 +3,13 @@
 import pytest
 
 from tests.support.gpu.aot import compiles_triton
-from tests.support.ptx.mutation import CALLS, assert_noticed
+from tests.support.ptx.mutation import CALLS, JOINED_COPIES, assert_noticed
 
 pytestmark = compiles_triton()
 
 # Alterations that change nothing that counts: a pattern, how many of them a kernel may have, why.
 HARMLESS = [
-    (
-        r"deleted: cp\.async\.commit_group",
-        5,
-        "the copies, before the loop, join a group of one wait",
-    ),
+    JOINED_COPIES,
     (r"deleted: bar\.sync", 3, "another one is before the next access to what others touch"),
     (r"deleted: fence\.proxy\.async", 1, "that of a step's first half has shown the second's x"),
     (r"constant \+ 1: mov\.u16 \S+ 0x0$", 4, "a masked number, 0, becomes a subnormal one"),
